@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
-from automodel_conv.errors import NameProblems, listing, message
+from automodel_conv.planning.names import only_origins
 from automodel_conv.upstream.registry import holds_pretrained, model_rules, transformers_available
 from automodel_conv.upstream.wrappers import unwrapped
 
@@ -294,20 +294,12 @@ def build_hf_export_key_renames(
     if not key_mapping:
         return {}
     rename = key_mapping if callable(key_mapping) else _first_match_renamer(key_mapping)
-    sources: dict[str, list[str]] = {}
-    for name in dict.fromkeys(checkpoint_fqns):
-        sources.setdefault(rename(name), []).append(name)
-    shared = [(target, tuple(names)) for target, names in sources.items() if len(names) > 1]
-    if shared:
-        raise NameProblems(
-            message(
-                "Several checkpoint keys load into one model key; its export name is ambiguous.",
-                found="\n" + listing(f"{target} <- {', '.join(names)}" for target, names in shared),
-                do="export merged tensors by reversing their rules, or give an injective mapping.",
-            ),
-            duplicated=shared,
-        )
-    return {target: names[0] for target, names in sources.items() if target != names[0]}
+    origins = only_origins(
+        ((name, rename(name)) for name in dict.fromkeys(checkpoint_fqns)),
+        "Several checkpoint keys load into one model key; its export name is ambiguous.",
+        "export merged tensors by reversing their rules, or give an injective mapping.",
+    )
+    return {target: name for target, name in origins.items() if target != name}
 
 
 def _first_match(mapping: Mapping[str, str], key: str) -> tuple[str, bool]:

@@ -88,10 +88,10 @@ def _advised(advice: int) -> Callable[[], None]:
     def change() -> None:
         plain = system.open_readonly
 
-        def opened(path: str) -> int:
-            descriptor = plain(path)
-            os.posix_fadvise(descriptor, 0, 0, advice)
-            return descriptor
+        def opened(path: str) -> system.File:
+            file = plain(path)
+            os.posix_fadvise(file.fileno(), 0, 0, advice)
+            return file
 
         system.open_readonly = opened
 

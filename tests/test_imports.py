@@ -13,7 +13,7 @@ import automodel_conv
 
 PACKAGE = Path(automodel_conv.__file__).parent
 HIDE = Path(__file__).parent / "hide"
-OPTIONAL = ("transformers", "triton")
+OPTIONAL = ("safetensors", "transformers", "triton")
 
 
 def modules() -> list[str]:
@@ -81,7 +81,7 @@ def test_unknown_name_is_an_attribute_error():
 def test_help_loads_nothing_large(arguments):
     loaded = loaded_by_module(*arguments)
     assert {"automodel_conv", "typer"} <= loaded
-    assert not loaded & {"torch", "numpy", "safetensors", *OPTIONAL}
+    assert not loaded & {"torch", "numpy", *OPTIONAL}
 
 
 def test_modules_loaded_by_a_command_are_reported(tmp_path):

@@ -66,7 +66,7 @@ def run_in_threads(
         change = count.adjust(wanted(), len(todo))
         for started in range(change):
             try:
-                group.start(work)
+                group.start_another()
             except RuntimeError:  # the system cannot start another thread: continue with the present ones
                 count.subtract(change - started)
                 break
@@ -138,7 +138,8 @@ class _ThreadGroup:
 
     def __init__(self, most: int, stop: threading.Event):
         self._stop = stop
-        self._running: set[int] = set()
+        self._running: dict[int, Callable[[], None]] = {}
+        """Task of each running thread, by the number of the thread."""
         self._change = threading.Condition()
         self._errors: list[BaseException] = []
         self._futures: list[Future[None]] = []
@@ -149,7 +150,7 @@ class _ThreadGroup:
         self._pool = ThreadPoolExecutor(self._most, thread_name_prefix="automodel_conv")
         try:
             for task in tasks:
-                self.start(task)
+                self._start(task)
             # A thread is still running when it starts another one, so this loop misses none.
             known = 0
             while known < len(self._futures) and not self._errors:
@@ -161,12 +162,20 @@ class _ThreadGroup:
                 self._stop.set()
                 self._change.wait_for(lambda: not self._running)
             self._pool.shutdown()
-        if self._errors:
-            raise self._errors[0]
+            # No references in a circle: memory and files of the threads are free once the caller drops the error.
+            errors, self._errors, self._futures = self._errors, [], []
+        try:
+            if errors:
+                raise errors[0]
+        finally:
+            errors.clear()
 
-    def start(self, task: Callable[[], None]) -> None:
-        """Start one more thread, unless all must end; only for ``run`` and for running threads of the group."""
-        # The pool is not shut down while one of them runs.
+    def start_another(self) -> None:
+        """Start one more thread with the task of the calling thread, unless all must end."""
+        self._start(self._running[threading.get_ident()])
+
+    def _start(self, task: Callable[[], None]) -> None:
+        # The pool is not shut down while ``run`` starts threads, or while a thread runs.
         if self._pool is not None and not self._stop.is_set():
             self._futures.append(self._pool.submit(self._run_registered, task))
 
@@ -174,7 +183,7 @@ class _ThreadGroup:
         with self._change:
             if self._stop.is_set():
                 return
-            self._running.add(threading.get_ident())
+            self._running[threading.get_ident()] = task
         try:
             task()
         except BaseException as error:
@@ -183,7 +192,7 @@ class _ThreadGroup:
             raise
         finally:
             with self._change:
-                self._running.remove(threading.get_ident())
+                del self._running[threading.get_ident()]
                 self._change.notify()
 
 

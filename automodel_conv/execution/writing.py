@@ -107,12 +107,9 @@ def create_shard_file(shard: Shard, path: str) -> None:
         WriteError: the file cannot be created, or the disk is full. Not every file system reports a full disk here.
     """
     with write_errors(path, "a file", f"room for {shard.nbytes} bytes"):
-        fd = system.create(path)
-        try:
-            system.reserve(fd, shard.nbytes)
-            write_exactly(fd, [memoryview(shard.header)], 0, path)
-        finally:
-            system.close(fd)
+        with system.create(path) as file:
+            system.reserve(file.fileno(), shard.nbytes)
+            write_exactly(file.fileno(), [memoryview(shard.header)], 0, path)
 
 
 def write_slabs(
@@ -134,13 +131,11 @@ def write_slabs(
         ReadError: a source cannot be read.
     """
     with write_errors(path, "a file"):
-        fd = system.open_existing(path)
-        try:
+        with system.open_existing(path) as file:
+            fd = file.fileno()
             for group, start in slabs:
                 run_in_threads(group, threads, lambda start=start: _slab_writer(start(), fd, path, advance))
             system.sync(fd)
-        finally:
-            system.close(fd)
 
 
 def _slab_writer(producer: SlabProducer, fd: int, path: str, advance: Callable[[int], None]) -> Callable[[Slab], None]:

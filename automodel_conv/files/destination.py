@@ -26,7 +26,7 @@ from automodel_conv.files.staging import (
     JOURNAL_NAME,
     LOCK_NAME,
     STAGING_NAME,
-    acquire_lock,
+    locked,
     remove_staging,
 )
 from automodel_conv.files.write_errors import write_errors
@@ -78,12 +78,9 @@ class Destination:
     def write(self, name: str, text: bytes) -> None:
         """Write a small file that accompanies the shards."""
         with write_errors(self.directory):
-            fd = system.create(self.path(name))
-            try:
-                write_exactly(fd, [memoryview(text)], 0, self.path(name))
-                system.sync(fd)
-            finally:
-                system.close(fd)
+            with system.create(self.path(name)) as file:
+                write_exactly(file.fileno(), [memoryview(text)], 0, self.path(name))
+                system.sync(file.fileno())
 
     def finish(self, shard: Shard, *, verified: bool = False) -> None:
         """Record that a shard is complete on the disk, and whether it has been compared with its sources."""
@@ -156,11 +153,8 @@ def _files_below(directory: str) -> dict[str, str]:
 
 
 def _sync(path: str) -> None:
-    fd = system.open_readonly(path)  # its permissions may not allow writing
-    try:
-        system.sync(fd)
-    finally:
-        system.close(fd)
+    with system.open_readonly(path) as file:  # its permissions may not allow writing
+        system.sync(file.fileno())
 
 
 @contextmanager
@@ -189,29 +183,26 @@ def open_destination(
         WriteError: the directory cannot be written to.
     """
     staging = os.path.join(directory, STAGING_NAME)
-    with write_errors(directory):
-        lock = acquire_lock(staging, directory)
-    try:
-        with write_errors(directory):
-            journal = system.open_append(os.path.join(staging, JOURNAL_NAME))
+    with locked(staging, directory):
         keeps_staging = True
         try:
             with write_errors(directory):
-                earlier = read_journal(journal)
-                keeps_staging = earlier.work is not None  # so it can be resumed
-                finished = resume_or_discard(earlier, journal, directory, shards, work, resume, index_name)
-            keeps_staging = work is not None
-            destination = Destination(directory, journal, shards, finished, earlier.verified, index_name)
-            try:
-                yield destination
-            except BaseException:
-                if not keeps_staging:
-                    remove_placed(directory, destination.placed)
-                raise
+                file = system.open_append(os.path.join(staging, JOURNAL_NAME))
+            with file:
+                journal = file.fileno()
+                with write_errors(directory):
+                    earlier = read_journal(journal)
+                    keeps_staging = earlier.work is not None  # so it can be resumed
+                    finished = resume_or_discard(earlier, journal, directory, shards, work, resume, index_name)
+                keeps_staging = work is not None
+                destination = Destination(directory, journal, shards, finished, earlier.verified, index_name)
+                try:
+                    yield destination
+                except BaseException:
+                    if not keeps_staging:
+                        remove_placed(directory, destination.placed)
+                    raise
             keeps_staging = False
         finally:
-            system.close(journal)
             if not keeps_staging:
                 remove_staging(staging)
-    finally:
-        system.close(lock)

@@ -68,10 +68,7 @@ def _are_equal(path: str, other: str) -> bool:
 
 
 def _read(path: str, offset: int, nbytes: int) -> bytes:
-    fd = system.open_readonly(path)
-    try:
-        data = bytearray(nbytes)
-        read_exactly(fd, [memoryview(data)], offset, path)
-        return bytes(data)
-    finally:
-        system.close(fd)
+    data = bytearray(nbytes)
+    with system.open_readonly(path) as file:
+        read_exactly(file.fileno(), [memoryview(data)], offset, path)
+    return bytes(data)

@@ -65,11 +65,8 @@ def with_open(path: str, read: Callable[[int], Any]) -> Any:
         CheckpointError: the file cannot be read.
     """
     try:
-        fd = system.open_readonly(path)
-        try:
-            return read(fd)
-        finally:
-            system.close(fd)
+        with system.open_readonly(path) as file:
+            return read(file.fileno())
     except (OSError, ReadError) as error:
         raise checkpoint_error("cannot read a file of the checkpoint", where=path, found=error) from error
 

@@ -68,8 +68,8 @@ def read_ahead(files: Sequence[str], share: tuple[int, int], stop: threading.Eve
     done, next_look = 0, 0
     with suppress(OSError):
         for path in files:
-            fd = system.open_readonly(path)
-            try:
+            with system.open_readonly(path) as file:
+                fd = file.fileno()
                 size = system.size(fd)
                 for offset in range(number * PORTION_BYTES, size, shares * PORTION_BYTES):
                     nbytes = min(PORTION_BYTES, size - offset)
@@ -83,6 +83,4 @@ def read_ahead(files: Sequence[str], share: tuple[int, int], stop: threading.Eve
                     if (done + nbytes) * shares > free // 2:
                         return done
                     done += system.read_into_cache(fd, offset, nbytes)
-            finally:
-                system.close(fd)
     return done

@@ -80,20 +80,20 @@ class LocalFile(NamedTuple):
 
 
 class _OpenFile(NamedTuple):
-    fd: int
+    file: system.File
     path: str
 
     def size(self) -> int:
-        return system.size(self.fd)
+        return system.size(self.file.fileno())
 
     def read_into(self, views: list[memoryview], offset: int) -> None:
-        read_exactly(self.fd, views, offset, self.path)
+        read_exactly(self.file.fileno(), views, offset, self.path)
 
     def descriptor(self) -> int | None:
-        return self.fd
+        return self.file.fileno()
 
     def close(self) -> None:
-        system.close(self.fd)
+        self.file.close()
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from automodel_conv.errors import DestinationError, message
 from automodel_conv.files import system
@@ -33,47 +34,53 @@ def remove_leftovers(directory: str) -> None:
     """
     staging = os.path.join(directory, STAGING_NAME)
     if system.exists(staging):
-        with write_errors(directory):
-            lock = acquire_lock(staging, directory)
-        remove_staging(staging)
-        system.close(lock)
+        with locked(staging, directory):
+            remove_staging(staging)
 
 
-def acquire_lock(staging: str, directory: str) -> int:
-    """Create the staging folder, and lock it for this process.
+@contextmanager
+def locked(staging: str, directory: str) -> Iterator[None]:
+    """Create the staging folder if necessary, and lock it for this process for the length of a block.
 
     Args:
         staging: path of the staging folder.
         directory: path of its directory, for the error text.
 
-    Returns:
-        The descriptor of the lock file. Closing it releases the lock.
-
     Raises:
         DestinationError: another process holds the lock.
+        WriteError: the directory cannot be written to.
     """
+    # Not filelock.FileLock (4.2.12): Ctrl-C within its acquire or release can leave the descriptor open, and even the
+    # lock held until the process ends. It also refuses a lock whose file its holder has just removed.
     path = os.path.join(staging, LOCK_NAME)
     while True:
-        system.make_directory(staging)
-        try:
-            fd = system.open_append(path)
-        except FileNotFoundError:
-            continue  # the process that held the lock has just removed the directory
-        try:
-            if not system.lock(fd):
-                raise DestinationError(
-                    message(
-                        "another process writes to this directory",
-                        where=directory,
-                        do="wait until it has finished, or choose another directory",
+        with _open_lock(staging, directory) as file:
+            with write_errors(directory):
+                if not system.lock(file.fileno()):
+                    raise DestinationError(
+                        message(
+                            "another process writes to this directory",
+                            where=directory,
+                            do="wait until it has finished, or choose another directory",
+                        )
                     )
-                )
-            if system.is_at(fd, path):
-                return fd
-        except BaseException:
-            system.close(fd)
-            raise
-        system.close(fd)  # the process that held the lock has just removed the file
+                if not system.is_at(file.fileno(), path):
+                    continue  # the process that held the lock has just removed the file
+            try:
+                yield
+            finally:
+                system.unlock(file.fileno())
+            return
+
+
+def _open_lock(staging: str, directory: str) -> system.File:
+    """Open the lock file, without locking it; see ``locked``."""
+    with write_errors(directory):
+        while True:
+            system.make_directory(staging)
+            # Not found: the process that held the lock has just removed the directory.
+            with suppress(FileNotFoundError):
+                return system.open_append(os.path.join(staging, LOCK_NAME))
 
 
 def remove_staging(staging: str) -> None:

@@ -1,6 +1,10 @@
 """All file calls of the package, one thin function each, so that tests can count them and make the n-th fail.
 
 Callers use them through the module (``system.preadv``) and never import them by name.
+
+Functions that open a file return a ``FileIO``, never the bare number of a descriptor: an interrupt such as Ctrl-C can
+arrive between any two instructions, and Python then closes a file that nothing refers to. All other functions take the
+number, ``file.fileno()``.
 """
 
 from __future__ import annotations
@@ -8,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import functools
+import io
 import os
 import shutil
 import sys
@@ -63,21 +68,24 @@ def list_names(directory: str) -> list[str]:
     return sorted(os.listdir(directory))
 
 
-def open_readonly(path: str) -> int:
-    """Open a file for reading, and return its descriptor."""
-    return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+class File(io.FileIO):
+    """An open file, closed at the end of a ``with`` block or with the last reference to it."""
+
+    def close(self) -> None:
+        """Close the file.
+
+        Errors of pending writes are ignored, since ``sync`` has reported them before.
+        """
+        try:
+            super().close()
+        except OSError as error:
+            if error.errno == errno.EBADF:  # other code has closed it: next time that could hit the file of another
+                raise
 
 
-def close(fd: int) -> None:
-    """Close a descriptor.
-
-    Errors of pending writes are ignored, since ``sync`` has reported them before.
-    """
-    try:
-        os.close(fd)
-    except OSError as error:
-        if error.errno == errno.EBADF:  # closed twice: the next time the number could belong to another file
-            raise
+def open_readonly(path: str) -> File:
+    """Open a file for reading."""
+    return File(path, "r")
 
 
 def size(fd: int) -> int:
@@ -146,11 +154,8 @@ def read_into_cache(fd: int, offset: int, nbytes: int) -> int:
     Returns:
         The number of bytes read, which may be fewer than requested; 0 at the end of the file.
     """
-    null = os.open(os.devnull, os.O_WRONLY)
-    try:
-        return os.sendfile(null, fd, offset, nbytes)
-    finally:
-        os.close(null)
+    with File(os.devnull, "w") as null:
+        return os.sendfile(null.fileno(), fd, offset, nbytes)
 
 
 def drop_cache(fd: int) -> None:
@@ -246,19 +251,19 @@ def _munmap():
     return function
 
 
-def create(path: str) -> int:
-    """Create or empty a file, open it for reading and writing, and return its descriptor."""
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
+def create(path: str) -> File:
+    """Create or empty a file, and open it for reading and writing."""
+    return File(path, "w+")
 
 
-def open_existing(path: str) -> int:
-    """Open an existing file for reading and writing, and return its descriptor."""
-    return os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
+def open_existing(path: str) -> File:
+    """Open an existing file for reading and writing."""
+    return File(path, "r+")
 
 
-def open_append(path: str) -> int:
-    """Open a file for reading and appending, create it if necessary, and return its descriptor."""
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
+def open_append(path: str) -> File:
+    """Open a file for reading and appending, and create it if necessary."""
+    return File(path, "a+")
 
 
 def write_end(fd: int, data: bytes) -> None:
@@ -332,11 +337,13 @@ def sync(fd: int) -> None:
 def sync_directory(path: str) -> None:
     """Wait until the names in a directory are on the disk."""
     if os.name == "posix":
-        fd = os.open(path, os.O_RDONLY)
+        opened: list[int] = []  # not a File, which cannot be a directory
         try:
-            os.fsync(fd)
+            opened.extend(map(os.open, [path], [os.O_RDONLY]))  # one step, so that no interrupt can lose the descriptor
+            os.fsync(opened[0])
         finally:
-            os.close(fd)
+            for fd in opened:
+                os.close(fd)
 
 
 def make_directory(path: str) -> None:
@@ -370,7 +377,7 @@ def remove_directory(path: str) -> None:
 
 
 def lock(fd: int) -> bool:
-    """Lock an open file for this process until it is closed.
+    """Lock an open file for this process until it is unlocked or closed.
 
     Return False if another process has locked it.
     """
@@ -381,6 +388,13 @@ def lock(fd: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def unlock(fd: int) -> None:
+    """Release the lock of an open file, also in child processes that were forked while it was locked."""
+    if fcntl is not None:
+        with suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_UN)
 
 
 def is_at(fd: int, path: str) -> bool:

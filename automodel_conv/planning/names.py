@@ -37,23 +37,33 @@ def plain_names(names: Iterable[str], known: Collection[str] | None = None) -> l
     plain = names if is_own else [_without(name, COMPILED) for name in names]
     if known and plain and all(map(_in_module, plain)) and not any(map(_in_module, known)):
         plain = [name.partition(".")[2] for name in plain]
-    origins: dict[str, list[str]] = {}
-    for name, plain_name in zip(names, plain, strict=True):
-        origins.setdefault(plain_name, []).append(name)
-    shared = [(plain_name, tuple(wrapped)) for plain_name, wrapped in origins.items() if len(wrapped) > 1]
-    if shared:
-        raise NameProblems(
-            message(
-                "several tensors have the same name without the additions of torch.compile and data parallelism",
-                found="\n" + listing(f"{plain_name} <- {', '.join(wrapped)}" for plain_name, wrapped in shared),
-                do="leave one of them out",
-            ),
-            duplicated=shared,
-        )
+    what = "several tensors have the same name without the additions of torch.compile and data parallelism"
+    only_origins(zip(names, plain, strict=True), what, "leave one of them out")
     adapted = next((name for name in plain if "base_layer" in name.split(".")), None)
     if adapted is not None:
         raise has_adapters(adapted)
     return plain
+
+
+def only_origins(renamed: Iterable[tuple[str, str]], what: str, do: str) -> dict[str, str]:
+    """Return the only old name of each new name.
+
+    Args:
+        renamed: pairs of an old and its new name.
+        what: text of the error, which also lists the new names with several old ones.
+        do: advice of the error.
+
+    Raises:
+        NameProblems: a new name has several old ones.
+    """
+    origins: dict[str, list[str]] = {}
+    for old, new in renamed:
+        origins.setdefault(new, []).append(old)
+    shared = [(new, tuple(old)) for new, old in origins.items() if len(old) > 1]
+    if shared:
+        found = "\n" + listing(f"{new} <- {', '.join(old)}" for new, old in shared)
+        raise NameProblems(message(what, found=found, do=do), duplicated=shared)
+    return {new: old for new, (old,) in origins.items()}
 
 
 def plain_tensors(tensors: Mapping[str, T], known: Collection[str] | None = None) -> dict[str, T]:

@@ -94,11 +94,8 @@ def test_first_read_is_of_uncached_files(plain, monkeypatch):
 @pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="this system does not report cached pages")
 def test_files_that_were_read_are_reported_as_cached(plain):
     (plain / "first.safetensors").read_bytes()
-    fd = system.open_readonly(str(plain / "first.safetensors"))
-    try:
-        assert system.is_cached(fd, 100) in (True, None)
-    finally:
-        system.close(fd)
+    with system.open_readonly(str(plain / "first.safetensors")) as file:
+        assert system.is_cached(file.fileno(), 100) in (True, None)
 
 
 def test_cache_state_is_unknown_without_system_support(plain, monkeypatch):

@@ -28,15 +28,15 @@ from tests.crash_safety.test_refused import test_disk_that_becomes_full_during_t
 FOUND_BY = {
     "the lock is not taken": (
         staging,
-        "            if not system.lock(fd):",
-        "            if False:",
+        "                if not system.lock(file.fileno()):",
+        "                if False:",
         test_a_second_conversion_of_the_same_process_is_refused,
         {},
     ),
     "an error is swallowed": (
         writing,
-        "            system.reserve(fd, shard.nbytes)\n",
-        "            try: system.reserve(fd, shard.nbytes)\n            except OSError: pass\n",
+        "            system.reserve(file.fileno(), shard.nbytes)\n",
+        "            try: system.reserve(file.fileno(), shard.nbytes)\n            except OSError: pass\n",
         test_disk_that_becomes_full_during_the_run,
         {"name": "reserve"},
     ),

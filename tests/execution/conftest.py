@@ -20,17 +20,22 @@ class Calls:
     def __init__(self) -> None:
         self.nbytes = 0
         self.reads = 0
-        self.open: set[int] = set()
+        self.opened: list[system.File] = []
         self.fail_read = -1
         self.short_bytes = 0
         self.delay: Callable[[int], object] = lambda number: None
         self.lock = threading.Lock()
 
+    @property
+    def open(self) -> set[str]:
+        """Names of the files that are open."""
+        return {file.name for file in self.opened if not file.closed}
+
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     seen = Calls()
-    preadv, close = system.preadv, system.close
+    preadv = system.preadv
 
     def counted(fd: int, views: list[memoryview], offset: int) -> int:
         with seen.lock:
@@ -46,22 +51,16 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
             seen.nbytes += count
         return count
 
-    def watched(open_file: Callable[[str], int]) -> Callable[[str], int]:
-        def opened(path: str) -> int:
-            fd = open_file(path)
-            seen.open.add(fd)
-            return fd
+    def watched(open_file: Callable[[str], system.File]) -> Callable[[str], system.File]:
+        def opened(path: str) -> system.File:
+            seen.opened.append(file := open_file(path))
+            return file
 
         return opened
-
-    def closed(fd: int) -> None:
-        seen.open.remove(fd)
-        close(fd)
 
     monkeypatch.setattr(system, "preadv", counted)
     for name in ("open_readonly", "open_append", "open_existing", "create"):
         monkeypatch.setattr(system, name, watched(getattr(system, name)))
-    monkeypatch.setattr(system, "close", closed)
     return seen
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import threading
 import time
+import weakref
+from contextlib import nullcontext
 
 import pytest
 
@@ -116,3 +118,31 @@ def test_threads_that_the_system_does_not_start_are_done_without(monkeypatch):
     wanted = iter([4] * 10 + [1] * 100)
     run_in_threads(range(60), 1, lambda: seen.append, most=4, wanted=lambda: next(wanted))
     assert sorted(seen) == list(range(60))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_memory_of_the_threads_is_free_at_once(threads, fails):
+    """Nothing may refer to itself in a circle: memory and files would stay until the next garbage collection."""
+
+    class Memory:
+        """A stand-in for what a thread holds."""
+
+    def starter():
+        memory = Memory()
+        references.append(weakref.ref(memory))
+
+        def take(item):
+            if fails and item == 5:
+                raise ValueError(f"{memory}")
+
+        return lambda: take
+
+    references: list[weakref.ref[Memory]] = []
+    gc.disable()
+    try:
+        with pytest.raises(ValueError, match="Memory") if fails else nullcontext():
+            run_in_threads(range(60), threads, starter(), most=threads + 1, wanted=lambda: threads + 1)
+        assert [reference() for reference in references] == [None]
+    finally:
+        gc.enable()

@@ -15,13 +15,11 @@ def file(tmp_path):
 
 @pytest.fixture
 def fd(file):
-    descriptor = system.open_readonly(file)
-    yield descriptor
-    system.close(descriptor)
+    with system.open_readonly(file) as opened:
+        yield opened.fileno()
 
 
 @pytest.fixture
 def target(tmp_path):
-    descriptor = system.create(str(tmp_path / "new"))
-    yield descriptor
-    system.close(descriptor)
+    with system.create(str(tmp_path / "new")) as created:
+        yield created.fileno()

@@ -13,9 +13,8 @@ EMPTY = (None, set(), set(), {})
 
 @pytest.fixture
 def journal(tmp_path):
-    fd = system.open_append(str(tmp_path / "journal.jsonl"))
-    yield fd
-    system.close(fd)
+    with system.open_append(str(tmp_path / "journal.jsonl")) as file:
+        yield file.fileno()
 
 
 def written(journal, *records):

@@ -29,20 +29,17 @@ def begun(directory, *records, work=WORK, place=STAGING_NAME, names=()):
     for shard in SHARDS:
         if shard.name in names:
             (directory / place / shard.name).write_bytes(bytes(shard.nbytes))
-    fd = system.open_append(str(directory / STAGING_NAME / JOURNAL_NAME))
-    for record in ({"work": work}, *records):
-        append_record(fd, record)
-    system.close(fd)
+    with system.open_append(str(directory / STAGING_NAME / JOURNAL_NAME)) as file:
+        for record in ({"work": work}, *records):
+            append_record(file.fileno(), record)
 
 
 def resumed(directory, work=WORK, resume=True):
     """Return the finished shards and the records of the journal afterwards."""
-    fd = system.open_append(str(directory / STAGING_NAME / JOURNAL_NAME))
-    try:
+    with system.open_append(str(directory / STAGING_NAME / JOURNAL_NAME)) as file:
+        fd = file.fileno()
         found = resume_or_discard(read_journal(fd), fd, str(directory), SHARDS, work, resume, INDEX)
         return found, read_journal(fd)
-    finally:
-        system.close(fd)
 
 
 def test_a_new_directory_begins_with_the_work(directory):

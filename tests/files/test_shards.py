@@ -250,7 +250,7 @@ def test_sizes_are_bytes_or_units(size, expected):
 
 @pytest.mark.parametrize(
     "size",
-    [0, -1, True, False, None, 1.5, "", "5", "GB", "5 G B", "-5GB", "5GBs", "0GB", "0.4B", "1e3MB", b"5GB", "5,0GB"],
+    [0, -1, True, None, 1.5, "", "5", "GB", "5 G B", "-5GB", "5GBs", "0GB", "0.4B", "1e3MB", b"5GB", "9" * 400 + "B"],
 )
 def test_malformed_size_is_refused(size):
     with pytest.raises(UnsupportedError, match="not a size"):

@@ -1,7 +1,9 @@
 """Tests of the folder of unfinished work: its lock and its removal."""
 
+import multiprocessing
 import os
 import sys
+import time
 
 import pytest
 
@@ -11,8 +13,8 @@ from automodel_conv.files.staging import (
     JOURNAL_NAME,
     LOCK_NAME,
     STAGING_NAME,
-    acquire_lock,
     holds_work,
+    locked,
     remove_all,
     remove_leftovers,
     remove_staging,
@@ -37,11 +39,24 @@ def test_work_is_there_if_it_has_a_journal(tmp_path, staging):
 
 def test_a_lock_refuses_another_one_until_it_is_closed(tmp_path):
     staging = str(tmp_path / STAGING_NAME)
-    lock = acquire_lock(staging, str(tmp_path))
-    with pytest.raises(DestinationError, match=f"(?s)another process writes.*{tmp_path}"):
-        acquire_lock(staging, str(tmp_path))
-    system.close(lock)
-    system.close(acquire_lock(staging, str(tmp_path)))
+    refusal = pytest.raises(DestinationError, match=f"(?s)another process writes.*{tmp_path}")
+    with locked(staging, str(tmp_path)), refusal, locked(staging, str(tmp_path)):
+        pass
+    with locked(staging, str(tmp_path)):
+        pass
+
+
+def test_a_lock_ends_with_its_block_even_if_a_forked_process_goes_on(tmp_path):
+    staging = str(tmp_path / STAGING_NAME)
+    with locked(staging, str(tmp_path)):
+        process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        process.start()
+    try:
+        with locked(staging, str(tmp_path)):
+            assert process.is_alive()
+    finally:
+        process.kill()
+        process.join()
 
 
 def test_a_lock_whose_file_its_owner_removes_is_taken_on_a_new_file(tmp_path, monkeypatch):
@@ -53,9 +68,8 @@ def test_a_lock_whose_file_its_owner_removes_is_taken_on_a_new_file(tmp_path, mo
         return real(fd)
 
     monkeypatch.setattr(system, "lock", removed_meanwhile)
-    lock = acquire_lock(staging, str(tmp_path))
-    assert system.is_at(lock, os.path.join(staging, LOCK_NAME))
-    system.close(lock)
+    with locked(staging, str(tmp_path)), system.open_append(os.path.join(staging, LOCK_NAME)) as other:
+        assert not system.lock(other.fileno())
 
 
 def test_the_lock_is_removed_after_all_else(staging, monkeypatch):
@@ -69,10 +83,8 @@ def test_the_lock_is_removed_after_all_else(staging, monkeypatch):
 
 
 def test_leftovers_are_removed_unless_another_process_has_them(tmp_path, staging):
-    lock = acquire_lock(str(staging), str(tmp_path))
-    with pytest.raises(DestinationError, match="another process"):
+    with locked(str(staging), str(tmp_path)), pytest.raises(DestinationError, match="another process"):
         remove_leftovers(str(tmp_path))
-    system.close(lock)
     (staging / "beside").mkdir()
     (staging / "beside" / "a").touch()
     (tmp_path / "model.safetensors").touch()

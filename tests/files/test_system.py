@@ -1,6 +1,7 @@
 """Calls of the system: what they return, and how they do without what a system lacks."""
 
 import errno
+import io
 import os
 import sys
 import time
@@ -8,6 +9,7 @@ import time
 import pytest
 
 from automodel_conv.files import system
+from tests.faults import descriptors
 from tests.files.support import CONTENT
 
 
@@ -39,13 +41,11 @@ def test_listing_and_kinds_of_paths(tmp_path, file):
 def test_journal_file_grows_only_at_its_end(tmp_path):
     path = str(tmp_path / "journal")
     for text in (b"one", b"two"):
-        fd = system.open_append(path)
-        system.write_end(fd, text)
-        system.close(fd)
-    fd = system.open_append(path)
-    system.truncate(fd, 4)
-    system.write_end(fd, b"x" * 100_000)
-    system.close(fd)
+        with system.open_append(path) as file:
+            system.write_end(file.fileno(), text)
+    with system.open_append(path) as file:
+        system.truncate(file.fileno(), 4)
+        system.write_end(file.fileno(), b"x" * 100_000)
     assert (tmp_path / "journal").read_bytes() == b"onet" + b"x" * 100_000
 
 
@@ -87,42 +87,63 @@ def test_kernel_copy_returns_the_number_of_copied_bytes(fd, target, tmp_path, mo
     assert system.copy_range(fd, 0, target, 0, 10) == 0
 
 
-def test_error_of_close_is_ignored_but_closing_twice_is_an_error(target, monkeypatch):
-    def fails(fd):
-        raise OSError(errno.EIO, "Input/output error")
+def test_error_of_close_is_ignored_unless_other_code_has_closed_the_file(tmp_path):
+    class Failing(io.FileIO):
+        def close(self):
+            super().close()
+            raise OSError(errno.EIO, "Input/output error")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "close", fails)
-        system.close(target)
-    other = os.dup(target)
-    system.close(other)
+    class File(system.File, Failing):
+        """A file that calls ``Failing.close``."""
+
+    File(str(tmp_path / "a"), "w+").close()
+    file = system.create(str(tmp_path / "a"))
+    os.close(file.fileno())
     with pytest.raises(OSError, match="Bad file descriptor"):
-        system.close(other)
+        file.close()
+    file.close()  # closing twice does nothing: the number may belong to another file by now
+
+
+def test_file_without_a_reference_is_closed(tmp_path):
+    before = descriptors()
+    system.create(str(tmp_path / "a"))
+    assert descriptors() == before
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux locks")
 def test_locked_file_is_refused_until_closed_and_a_removed_one_is_detected(tmp_path):
     path = str(tmp_path / "lock")
-    first, second = system.open_append(path), system.open_append(path)
-    assert system.lock(first)
-    assert not system.lock(second)
-    system.close(first)
-    assert system.lock(second)
-    assert system.is_at(second, path)
-    system.remove(path)
-    assert not system.is_at(second, path)
-    third = system.open_append(path)
-    assert not system.is_at(second, path)
-    assert system.is_at(third, path)
-    system.close(second)
-    system.close(third)
+    with system.open_append(path) as first, system.open_append(path) as second:
+        assert system.lock(first.fileno())
+        assert not system.lock(second.fileno())
+        first.close()
+        assert system.lock(second.fileno())
+        assert system.is_at(second.fileno(), path)
+        system.remove(path)
+        assert not system.is_at(second.fileno(), path)
+        with system.open_append(path) as third:
+            assert not system.is_at(second.fileno(), path)
+            assert system.is_at(third.fileno(), path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux locks")
+def test_unlocked_file_is_free_even_if_a_forked_process_has_it_open(tmp_path):
+    path = str(tmp_path / "lock")
+    with system.open_append(path) as file, system.open_append(path) as other:
+        copy = os.dup(file.fileno())  # as a forked process has
+        assert system.lock(file.fileno())
+        file.close()
+        assert not system.lock(other.fileno())
+        system.unlock(copy)
+        assert system.lock(other.fileno())
+        os.close(copy)
 
 
 def test_names_and_directories(tmp_path):
     inner = str(tmp_path / "a" / "b")
     system.make_directory(inner)
     system.make_directory(inner)
-    system.close(system.create(os.path.join(inner, "x")))
+    system.create(os.path.join(inner, "x")).close()
     (tmp_path / "a" / "y").write_bytes(b"old")
     system.rename(os.path.join(inner, "x"), str(tmp_path / "a" / "y"))
     assert system.identity(str(tmp_path / "a" / "y"))[0] == 0

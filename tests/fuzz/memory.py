@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
 
@@ -11,6 +12,24 @@ from automodel_conv.files import system
 
 # No descriptor of the system is as large: one that reached the system's functions would be an error.
 _FIRST_DESCRIPTOR = 1 << 24
+
+
+class _Opened(AbstractContextManager[Any]):
+    """An open file, in as far as the package uses it."""
+
+    def __init__(self, descriptor: int):
+        self._descriptor = descriptor
+        self.closed = False
+
+    def fileno(self) -> int:
+        assert not self.closed
+        return self._descriptor
+
+    def close(self) -> None:
+        self.closed = True
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class Memory:
@@ -55,16 +74,13 @@ class Memory:
         start = os.path.normpath(directory) + "/"
         return sorted({path[len(start) :].partition("/")[0] for path in self.files if path.startswith(start)})
 
-    def open_readonly(self, path: str) -> int:
+    def open_readonly(self, path: str) -> _Opened:
         path = os.path.normpath(path)
         if path not in self.files:
             raise FileNotFoundError(2, "No such file", path)
         self.opened.append(path)
         self._paths.append(path)
-        return _FIRST_DESCRIPTOR + len(self._paths) - 1
-
-    def close(self, fd: int) -> None:
-        assert 0 <= fd - _FIRST_DESCRIPTOR < len(self._paths)
+        return _Opened(_FIRST_DESCRIPTOR + len(self._paths) - 1)
 
     def size(self, fd: int) -> int:
         return len(self.files[self._path(fd)])

@@ -212,7 +212,7 @@ def check_journal(data: bytes) -> None:
     }
     shards = [_shard("model-00001-of-00002.safetensors", 8), _shard("model-00002-of-00002.safetensors", 4)]
     with Memory(files) as memory:
-        journal = memory.open_readonly(f"{_STAGED}/journal.jsonl")
+        journal = memory.open_readonly(f"{_STAGED}/journal.jsonl").fileno()
         try:
             earlier = read_journal(journal)
             resume_or_discard(earlier, journal, "/c", shards, {"kind": "convert"}, True, "model.safetensors.index.json")

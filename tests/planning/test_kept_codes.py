@@ -1,11 +1,12 @@
 """Tests of plans that keep codes and scales while weights are grouped: each code keeps its scale."""
 
-import itertools
+from contextlib import suppress
+from math import prod
 
 import pytest
 
 from automodel_conv.errors import UnsupportedError
-from automodel_conv.planning import values
+from automodel_conv.planning import kept_codes, values
 from automodel_conv.planning.copies import SourceTable, Target
 from automodel_conv.planning.kept_codes import keep_codes
 from automodel_conv.planning.lowering import copies_of
@@ -15,16 +16,17 @@ from automodel_conv.planning.values import leaf
 from tests.planning.oracles import addressed, execute
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [2, 2]}
+TALL = {"quant_method": "fp8", "weight_block_size": [2, 1]}
 STACK = lambda parts: values.stack(parts, 0)  # noqa: E731
 ROWS = lambda parts: values.concatenate(parts, 0)  # noqa: E731
 TURNED = lambda parts: values.transpose(values.stack(parts, 0), 1, 2)  # noqa: E731
 
 
-def stored(rows, columns, codes="F8_E4M3", second="F8_E4M3"):
+def stored(rows, columns, codes="F8_E4M3", second="F8_E4M3", lead=(), block=(2, 2)):
     """Return two weights with their scales, and a tensor that is not quantized."""
-    grid = (-(-rows // 2), -(-columns // 2))
+    grid = (*lead, -(-rows // block[0]), -(-columns // block[1]))
     names = ["e.0.weight", "e.0.weight_scale_inv", "e.1.weight", "e.1.weight_scale_inv", "norm"]
-    shapes = [(rows, columns), grid, (rows, columns), grid, (3,)]
+    shapes = [(*lead, rows, columns), grid, (*lead, rows, columns), grid, (3,)]
     kept = [n for n in range(5) if second.startswith("F8") or n != 3]
     dtypes = [codes, "F32", second, "F32", "BF16"]
     return SourceTable(*([column[n] for n in kept] for column in (names, dtypes, shapes)))
@@ -66,24 +68,98 @@ def test_stacked_codes_have_stacked_scales(rows, columns):
         assert results[f"e.weight{suffix}"] == [(f"e.{e}.weight{suffix}", i) for e in range(2) for i in range(numel)]
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(4, 6), (4, 4), (3, 5), (2, 2)])
-@pytest.mark.parametrize("join", [STACK, ROWS, TURNED], ids=["stacked", "rows", "transposed"])
-def test_each_code_keeps_its_scale_or_is_refused(join, rows, columns):
-    table = stored(rows, columns)
-    if join is ROWS and rows % 2:  # a block would hold rows of both
-        with pytest.raises(UnsupportedError, match=r"e\.weight: codes and scales cannot be kept"):
-            kept(table, join)
-        return
-    plan = kept(table, join)
-    results, shapes = execute(plan, addressed(table)), {t.name: t.shape for t in plan.targets}
+def each_keeps_its_scale(plan, rows, columns, block):
+    """Return whether each code of a joined weight has the scale of its source, by a loop over all elements."""
+    results, shapes = execute(plan, addressed(plan.sources)), {t.name: t.shape for t in plan.targets}
     *lead, new_rows, new_columns = shapes["e.weight"]
-    grid = shapes["e.weight_scale_inv"][-2:]
-    for at in itertools.product(*map(range, (*lead, new_rows, new_columns))):
-        matrix, row, column = (at[0] if lead else 0), at[-2], at[-1]
-        name, element = results["e.weight"][(matrix * new_rows + row) * new_columns + column]
-        scale = results["e.weight_scale_inv"][(matrix * grid[0] + row // 2) * grid[1] + column // 2]
-        expected = element // columns // 2 * -(-columns // 2) + element % columns // 2
-        assert scale == (f"{name}_scale_inv", expected)
+    grid = shapes["e.weight_scale_inv"]
+    if grid != (*lead, -(-new_rows // block[0]), -(-new_columns // block[1])):
+        return False
+    return all(
+        results["e.weight_scale_inv"][scale_of(number, new_rows, new_columns, block)]
+        == (f"{name}_scale_inv", scale_of(element, rows, columns, block))
+        for number, (name, element) in enumerate(results["e.weight"])
+    )
+
+
+def scale_of(element, rows, columns, block):
+    """Return the number of the scale of an element in a stack of matrices."""
+    row, column = divmod(element, columns)
+    matrix, row = divmod(row, rows)
+    grid = -(-rows // block[0]), -(-columns // block[1])
+    return (matrix * grid[0] + row // block[0]) * grid[1] + column // block[1]
+
+
+def halves_swapped(parts):
+    stacked = STACK(parts)
+    half = stacked.shape[1] // 2
+    return values.concatenate(
+        [values.narrow(stacked, 1, half, stacked.shape[1] - half), values.narrow(stacked, 1, 0, half)], 1
+    )
+
+
+def merged(parts):
+    count, rows, columns = STACK(parts).shape
+    return values.reshape(STACK(parts), (count * rows, columns))
+
+
+JOINS = {
+    "stacked": STACK,
+    "transposed": TURNED,
+    "rows": ROWS,
+    "columns": lambda parts: values.concatenate(parts, 1),
+    "columns, transposed": lambda parts: values.transpose(values.concatenate(parts, 1), 0, 1),
+    "stacked rows": merged,
+    "interleaved": lambda parts: values.permute(STACK(parts), (1, 0, 2)),
+    "interleaved columns": lambda parts: values.permute(STACK(parts), (1, 2, 0)),
+    "halves swapped": halves_swapped,
+}
+EXPERT_JOINS = {
+    "stacked": ROWS,
+    "transposed": lambda parts: values.transpose(ROWS(parts), 1, 2),
+    "rows": lambda parts: values.concatenate(parts, 1),
+    "columns": lambda parts: values.concatenate(parts, 2),
+    "columns, transposed": lambda parts: values.transpose(values.concatenate(parts, 2), 1, 2),
+    "merged": lambda parts: values.reshape(ROWS(parts), (2 * prod(parts[0].shape[:-1]), parts[0].shape[-1])),
+    "experts last": lambda parts: values.permute(ROWS(parts), (1, 2, 0)),
+}
+CASES = [((), name, join) for name, join in JOINS.items()]
+CASES += [((3,), name, join) for name, join in EXPERT_JOINS.items()]
+SIZES = [(4, 6), (4, 4), (3, 5), (2, 2), (1, 2), (2, 1), (1, 1), (1, 5), (3, 1), (6, 2), (4, 1), (1, 4)]
+
+
+@pytest.mark.parametrize(("rows", "columns"), SIZES)
+@pytest.mark.parametrize("config", [FP8, TALL], ids=["square blocks", "tall blocks"])
+@pytest.mark.parametrize(("lead", "name", "join"), CASES, ids=[f"{name}-{len(lead)}" for lead, name, _ in CASES])
+def test_codes_are_kept_exactly_if_each_keeps_its_scale(monkeypatch, lead, name, join, config, rows, columns):
+    block = config["weight_block_size"]
+    table = stored(rows, columns, lead=lead, block=block)
+    right = False
+    with monkeypatch.context() as patch, suppress(UnsupportedError, ValueError):
+        patch.setattr(kept_codes, "_check_blocks", lambda *_: None)
+        right = each_keeps_its_scale(kept(table, join, config), rows, columns, block)
+    too_strict = name in ("merged", "experts last") or (
+        name == "halves swapped" and rows == 2
+    )  # refused even if it would be right
+    if right and not too_strict:
+        assert each_keeps_its_scale(kept(table, join, config), rows, columns, block)
+    else:
+        with pytest.raises((UnsupportedError, ValueError)):
+            kept(table, join, config)
+    if name == "stacked" or (name == "transposed" and config is FP8):
+        assert right
+
+
+def test_runs_that_begin_and_end_within_rows_are_refused():
+    def join(parts):
+        if parts[0].shape != (4, 4):  # scales
+            return STACK(parts)
+        flat = values.reshape(STACK(parts), (2, 16))
+        runs = [(2, 4), (12, 4), (0, 2), (10, 2), (6, 4)]  # all are moved by multiples of a block, two are of two rows
+        return values.reshape(values.concatenate([values.narrow(flat, 1, *run) for run in runs], 1), (2, 4, 4))
+
+    with pytest.raises(UnsupportedError, match="a scale would apply to other values"):
+        kept(stored(4, 4), join)
 
 
 def test_weight_of_which_only_a_part_is_quantized_is_refused():

@@ -159,10 +159,9 @@ def test_file_that_cannot_be_mapped_is_one_error_with_advice(tmp_path, monkeypat
 
 
 def test_error_quotes_the_reason_of_the_system(tmp_path):
-    fd = system.open_readonly(str(write(tmp_path, a=torch.ones(50)) / "model.safetensors"))
-    with pytest.raises(OSError, match="Invalid argument"):
-        system.map_private(fd, 1, 10)
-    system.close(fd)
+    path = str(write(tmp_path, a=torch.ones(50)) / "model.safetensors")
+    with system.open_readonly(path) as file, pytest.raises(OSError, match="Invalid argument"):
+        system.map_private(file.fileno(), 1, 10)
 
 
 def test_all_tensors_are_read_on_other_systems(tmp_path, monkeypatch):
