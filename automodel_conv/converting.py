@@ -24,6 +24,7 @@ from automodel_conv.errors import (
 )
 from automodel_conv.execution.comparing import compare_file
 from automodel_conv.execution.file_slabs import FileSlabs
+from automodel_conv.execution.report import with_names
 from automodel_conv.execution.writing import (
     ScratchSplit,
     create_shard_file,
@@ -94,6 +95,13 @@ class ConvertReport:
     def gb_per_s(self) -> float:
         """10^9 bytes written per second."""
         return self.bytes_written / self.seconds / 1e9 if self.seconds else 0.0
+
+    def __str__(self) -> str:
+        """Return files and bytes, and the names of all tensors that were not converted."""
+        written = f"{self.bytes_written / 1e9:.3f} GB written in {self.seconds:.2f} s; files: {len(self.files)}"
+        if self.was_complete:
+            written = f"complete already: compared with the source in {self.seconds:.2f} s; files: {len(self.files)}"
+        return with_names(written, {"carried": self.carried, "left out": self.left_out})
 
 
 @door("converting")

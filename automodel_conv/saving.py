@@ -23,6 +23,7 @@ from automodel_conv.distributed.placements import local_of, meshes_of
 from automodel_conv.doors import door
 from automodel_conv.dtypes import dtype_code
 from automodel_conv.errors import UnsupportedError, kind_of, message
+from automodel_conv.execution.report import with_names
 from automodel_conv.execution.tensor_slabs import LocalTensor, tensor_slabs
 from automodel_conv.execution.writing import split_scratch, write_slabs
 from automodel_conv.files.checkpoint import open_checkpoint, open_downloaded
@@ -82,6 +83,11 @@ class SaveReport:
     def gb_per_s(self) -> float:
         """10^9 bytes written per second."""
         return self.bytes_written / self.seconds / 1e9 if self.seconds else 0.0
+
+    def __str__(self) -> str:
+        """Return files and bytes, and the names of all tensors that were not converted."""
+        written = f"{self.bytes_written / 1e9:.3f} GB written in {self.seconds:.2f} s; files: {len(self.files)}"
+        return with_names(written, {"carried": self.carried, "left out": self.left_out})
 
 
 @door("saving")

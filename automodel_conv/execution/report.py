@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from automodel_conv.errors import listing
 from automodel_conv.execution.page_policy import PageUse
 from automodel_conv.execution.stats import LoadStats
 from automodel_conv.files.checkpoint import Checkpoint
@@ -80,6 +81,26 @@ class LoadReport:
     def gb_per_s(self) -> float:
         """10^9 bytes read per second of the read phase, without mapped bytes."""
         return self.bytes_read / 1e9 / max(self.seconds["read"], 1e-9)
+
+    def __str__(self) -> str:
+        """Return bytes and speed, and the names of all tensors that did not fit."""
+        mapped = f", {self.bytes_mapped / 1e9:.3f} GB mapped" if self.bytes_mapped else ""
+        read = f"{self.bytes_read / 1e9:.3f} GB read in {self.seconds['read']:.2f} s{mapped}"
+        names = {
+            "missing": self.missing_keys,
+            "unexpected": self.unexpected_keys,
+            "wrong shape": [name for name, *_ in self.mismatched_keys],
+            "claimed by several sources": [name for name, _ in self.duplicated_keys],
+            "by transformers' own code": self.fallbacks,
+            "left out": self.left_out,
+        }
+        return with_names(read, names)
+
+
+def with_names(outcome: str, names: Mapping[str, Sequence[str]]) -> str:
+    """Return the text of a report: its outcome, and below it each group that has names."""
+    groups = (f"{what} ({len(group)}):\n{listing(group)}" for what, group in names.items() if group)
+    return "\n".join([outcome, *groups])
 
 
 class LoadedStateDict(dict[str, Tensor]):

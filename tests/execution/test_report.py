@@ -85,3 +85,16 @@ def test_loaded_state_dict_is_a_dict_with_a_report(new_report):
     state.report = new_report()
     assert state.layout is None
     assert dict(state) == {"a": torch.ones(1)}
+
+
+def test_text_has_bytes_and_the_names_that_do_not_fit(new_report):
+    lines = str(new_report(mapped={"b": torch.ones(3)})).splitlines()
+    assert lines[0] == "0.000 GB read in 0.00 s, 0.000 GB mapped"
+    assert lines[1:5] == ["missing (1):", "    m", "unexpected (1):", "    u"]
+    assert lines[5:9] == ["wrong shape (1):", "    x", "claimed by several sources (1):", "    d"]
+    assert lines[9] == "left out (1):"
+    assert "spare" in lines[10]
+
+
+def test_text_of_a_report_has_only_groups_with_names():
+    assert report.with_names("done", {"missing": (), "left out": ("a", "b")}) == "done\nleft out (2):\n    a\n    b"

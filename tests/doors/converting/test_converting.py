@@ -156,3 +156,11 @@ def test_default_scratch_and_files_are_as_documented(saved, tmp_path):
     assert report.peak_extra_bytes <= converting.DEFAULT_SCRATCH_BYTES == 256 << 20
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+def test_report_as_text_says_whether_anything_was_written(tmp_path):
+    save_file({"a": torch.ones(2), "b": torch.ones(2)}, tmp_path / "model.safetensors")
+    texts = [str(amc.convert_checkpoint(tmp_path, tmp_path / "new", rules=[], drop=["b"])) for _ in range(2)]
+    assert texts[0].startswith("0.000 GB written in ")
+    assert texts[1].startswith("complete already: compared with the source in ")
+    assert [text.splitlines()[1:] for text in texts] == [["left out (1):", "    b"]] * 2

@@ -158,3 +158,12 @@ def test_compiled_model_is_saved_under_its_own_names(mixtral, tmp_path):
     amc.save_checkpoint(mixtral, tmp_path / "plain")
     read = [{file.name: file.read_bytes() for file in (tmp_path / n).iterdir()} for n in ("wrapped", "plain")]
     assert read[0] == read[1]
+
+
+def test_report_as_text_names_what_was_left_out(tmp_path):
+    amc.save_checkpoint({"a": torch.ones(2), "b": torch.ones(2)}, tmp_path / "source", rules=[])
+    report = amc.save_checkpoint({"a": torch.ones(2)}, tmp_path / "new", rules=[], carry=tmp_path / "source")
+    first, *rest = str(report).splitlines()
+    assert first.startswith("0.000 GB written in ")
+    assert first.endswith(" s; files: 1")
+    assert rest == ["carried (1):", "    b"]
