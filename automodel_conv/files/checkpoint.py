@@ -198,7 +198,9 @@ def _locate(path: str, revision: str | None) -> str | RemoteFolder | Repository:
     if system.exists(path):
         return os.path.abspath(path)
     if path.endswith((".safetensors", ".json", *ADVICE)) or not _REPOSITORY.fullmatch(path):
-        raise checkpoint_error("no such checkpoint", where=path, do="check the path")
+        raise checkpoint_error(
+            "no such checkpoint", where=path, do="check the path; a repository of the Hub is named org/name"
+        )
     return find_repository(path, revision)
 
 

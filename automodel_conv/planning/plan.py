@@ -67,6 +67,11 @@ class CopyPlan:
     layout: str | None = None
     source_layout: str | None = None
 
+    def __repr__(self) -> str:
+        """Return the size of the plan, because its fields have tens of thousands of entries."""
+        size = f"{len(self.targets)} targets from {len(self.used_sources)} sources, {self.bytes_written} bytes"
+        return f"<{type(self).__name__}: {size}; summary() and explain(name) show more>"
+
     def target(self, name: str) -> Target:
         """Return the target with this name.
 

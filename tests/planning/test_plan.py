@@ -1,5 +1,6 @@
 """Tests of plans: their reports, and what they prove, by execution one element at a time."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -94,3 +95,10 @@ def test_small_tensors_pass_through_everything(shape):
     assert [(t.name, t.shape) for t in back.targets] == [("a", shape)]
     assert execute(plan.then(back), addressed(sources)) == addressed(sources)
     assert CopyPlan.from_json(plan.to_json()) == plan
+
+
+def test_a_plan_is_short_in_a_terminal():
+    plan = experts_plan()
+    assert repr(plan) == str(plan)
+    assert re.fullmatch(r"<CopyPlan: \d+ targets from \d+ sources, \d+ bytes; .*>", repr(plan))
+    assert str(plan.bytes_written) in repr(plan)
