@@ -29,16 +29,15 @@ def main() -> None:
 
 
 def load_and_lay_out(directory: str) -> None:
-    """Load grouped experts from a file, transposed, and convert them back in memory."""
+    """Save grouped experts, load them transposed, and convert them back in memory."""
     import torch
-    from safetensors.torch import save_file
 
     import automodel_conv as amc
     from automodel_conv.testing import assert_bytes_equal
 
     name = "layers.0.experts.gate_up_proj"
     experts = torch.arange(3 * 4 * 5).reshape(3, 4, 5).to(torch.bfloat16)
-    save_file({name: experts, "norm": torch.ones(5)}, Path(directory) / "model.safetensors")
+    amc.save_checkpoint({name: experts, "norm": torch.ones(5)}, directory, rules=[])
     plan = amc.compile_plan(directory, rules=[], layout="nemo")
     if plan.bytes_written != experts.nbytes + 5 * 4:
         raise SystemExit(f"the plan writes {plan.bytes_written} bytes")
