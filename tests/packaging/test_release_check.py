@@ -66,10 +66,8 @@ def test_changelog_must_name_the_version_and_its_date(tree, heading, fits):
 def test_notes_of_a_release_are_its_section_of_the_changelog(tree):
     (tree / ".ci").mkdir()
     script = shutil.copy(REPOSITORY / ".ci" / "release-notes", tree / ".ci")
-    text = (
-        "# Changelog\n\n## [Unreleased]\n\n## [9.8.7] - 2026-01-31\n\n### Added\n- a\n\n## [9.8.6] - 2026-01-30\n- b\n"
-    )
-    (tree / "CHANGELOG.md").write_text(text)
+    parts = ("## [Unreleased]", "## [9.8.7] - 2026-01-31", "### Added", "- a", "## [9.8.6] - 2026-01-30", "- b")
+    (tree / "CHANGELOG.md").write_text("\n\n".join(parts))
     assert run(script, "9.8.7", cwd=tree) == "### Added\n\n- a\n\n"
     assert run(script, make(tree, "version").stdout.strip(), cwd=tree) == "### Added\n\n- a\n\n"
     with pytest.raises(RuntimeError, match="no section for 9"):
