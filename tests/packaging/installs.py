@@ -20,7 +20,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-# The extras that each environment has; "" is none. vllm is too large, and has no release for some Pythons.
+# The extras that each environment has; "" is none. vllm is too large.
 EXTRAS = ("", "transformers", "triton", "hub", "http", "s3", "gcs", "all")
 SHOWN = ("torch", "transformers", "triton", "huggingface-hub", "fsspec", "aiohttp", "s3fs", "gcsfs", "numpy", "typer")
 

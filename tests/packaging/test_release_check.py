@@ -63,6 +63,17 @@ def test_changelog_must_name_the_version_and_its_date(tree, heading, fits):
     assert fits or "CHANGELOG.md" in done.stderr
 
 
+def test_notes_of_a_release_are_its_section_of_the_changelog(tree):
+    (tree / ".ci").mkdir()
+    script = shutil.copy(REPOSITORY / ".ci" / "release-notes", tree / ".ci")
+    parts = ("## [Unreleased]", "## [9.8.7] - 2026-01-31", "### Added", "- a", "## [9.8.6] - 2026-01-30", "- b")
+    (tree / "CHANGELOG.md").write_text("\n\n".join(parts))
+    assert run(script, "9.8.7", cwd=tree) == "### Added\n\n- a\n\n"
+    assert run(script, make(tree, "version").stdout.strip(), cwd=tree) == "### Added\n\n- a\n\n"
+    with pytest.raises(RuntimeError, match="no section for 9"):
+        run(script, "9", cwd=tree)
+
+
 def test_release_check_includes_the_whole_check():
     plan = run("make", "--dry-run", "release-check", cwd=REPOSITORY)
     for step in ("git status", "CHANGELOG.md", "pip-audit", "-m packaging", "twine check"):
