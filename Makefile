@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Not in $(VENV), which is deleted with all that is in it when it is made again.
+DEMO := .venv-demo
 LEG := .ci/leg
 # -n 2: most tests use one core. Derandomized examples: a run that fails once fails again.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal --hypothesis-profile=ci
@@ -20,25 +22,30 @@ TRANSFORMERS_TESTS := tests/upstream tests/integrations tests/doors/conversion_m
 IMPORT_TRANSFORMERS = $(sort $(wildcard tests/destinations/test_*.py tests/doors/*/test_*.py) $(filter-out tests/fuzz/% \
 	tests/benchmarks/% tests/house/% tests/crash_safety/%,$(shell grep -rlwE --include='test_*.py' --exclude-dir=packaging 'transformers|model_zoo' tests)))
 
-VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' automodel_conv/__init__.py)
 
-.PHONY: test lint types format demo clean test-style test-main test-software-gpu test-packaging \
-	test-without-triton test-without-transformers test-fuzz test-long \
-	release-check release-tree release-notes release-distributions release-audit
+.PHONY: version test lint types format demo docs docs-serve clean \
+	test-style test-docs test-main test-software-gpu test-packaging test-without-triton test-without-transformers test-notebook test-fuzz test-long \
+	test-installs release-check release-tree release-notes release-distributions release-audit
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .SECONDARY: $(OTHER_TRANSFORMERS:%=$(VENV)/transformers-%/.installed) $(VENV)/triton-3.6.0/.installed \
 	$(VENV)/nemo-0.7.0/.installed $(VENV)/atheris-3.0.0/.installed
 
 # The legs run in this order, and the first one that fails ends the check.
-test: test-style test-main test-software-gpu test-packaging $(OTHER_TRANSFORMERS:%=test-transformers-%) test-triton-3.6.0 test-nemo-0.7.0 \
-	test-without-triton test-without-transformers test-fuzz
+test: test-style test-docs test-main test-software-gpu test-packaging $(OTHER_TRANSFORMERS:%=test-transformers-%) test-triton-3.6.0 test-nemo-0.7.0 \
+	test-without-triton test-without-transformers test-notebook test-fuzz
 
 test-style: $(VENV)/installed
 	@$(LEG) "ruff and pyright" $(MAKE) --no-print-directory lint types
 
 test-main: $(VENV)/installed
-	@$(LEG) "tests" $(PYTEST) -m "not packaging and not long" --doctest-modules --ignore=automodel_conv/kernels automodel_conv tests
+	@$(LEG) "tests" $(PYTEST) -m "not packaging and not long" --doctest-modules --ignore=automodel_conv/kernels \
+		--ignore=tests/docs automodel_conv tests
+
+# The site is built strictly, then its links are checked and the code blocks of all pages run.
+test-docs: $(VENV)/installed docs
+	@$(LEG) "documentation" $(PYTEST) tests/docs
 
 # All GPU code, at the sizes of a real GPU. Tests that need more memory than this machine has need a real GPU.
 test-software-gpu: $(VENV)/installed
@@ -65,6 +72,10 @@ test-without-transformers: $(VENV)/installed
 		$(PYTEST) -m "not packaging and not long" tests/cli tests/compiling tests/destinations tests/doors tests/integrations \
 		tests/quantized tests/upstream tests/whole/test_broken_checkpoints.py tests/whole/test_nothing_lost.py \
 		tests/test_examples.py tests/test_imports.py
+
+# A kernel runs the notebook, cell by cell.
+test-notebook: $(VENV)/notebook/.installed
+	@PYTHONPATH=$(CURDIR)/$(VENV)/notebook $(LEG) "notebook" $(PYTEST) -n 0 tests/test_notebook.py
 
 # Full test matrices, which take longer than `test`: run them before you merge a change to the code that they test.
 test-long: $(VENV)/installed $(OTHER_TRANSFORMERS:%=test-long-transformers-%)
@@ -96,32 +107,47 @@ format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-demo: $(VENV)/installed
-	$(BIN)/python -m benchmarks.demo
+demo: $(DEMO)/installed
+	@$(DEMO)/bin/automodel-conv demo
 
 # Cheapest first. test-packaging, a part of test, installs the wheel and the source distribution and tries them.
 release-check: release-tree release-notes release-audit test release-distributions
 	@echo "$(VERSION) can be tagged; what to upload is in dist/"
 
+# The whole wheel again, as a user installs it: each extra on each Python, with about 20 GB of packages.
+test-installs: $(VENV)/release/.installed
+	PATH=$(CURDIR)/$(VENV)/release/bin:$$PATH $(VENV)/release/bin/python tests/packaging/installs.py
+
+version:
+	@echo $(VERSION)
+
 release-tree:
 	@test -z "$$(git status --porcelain)" || { git status --short; echo "release: commit or remove these first" >&2; exit 1; }
 
 release-notes:
-	@case "$(VERSION)" in *dev*) echo "release: pyproject.toml says $(VERSION), a version under development" >&2; exit 1;; esac
+	@case "$(VERSION)" in *dev*) echo "release: automodel_conv.__version__ is $(VERSION), a version under development" >&2; exit 1;; esac
 	@grep -qE '^## \[$(VERSION)\] - [0-9]{4}-[0-9]{2}-[0-9]{2}$$' CHANGELOG.md || \
 		{ echo "release: CHANGELOG.md has no line '## [$(VERSION)] - YYYY-MM-DD'" >&2; exit 1; }
 
 # Known vulnerabilities of all pinned packages, as PyPI lists them.
 release-audit: $(VENV)/release/.installed
 	$(VENV)/release/bin/pip-audit --no-deps --disable-pip --requirement requirements-dev.txt
+	$(VENV)/release/bin/pip-audit --no-deps --disable-pip --requirement requirements-docs.txt
 
 release-distributions: $(VENV)/release/.installed
 	rm -rf dist
 	$(VENV)/release/bin/python -m build --outdir dist
 	$(VENV)/release/bin/twine check --strict dist/*
 
+# The site in site/, as it is published. It needs no network when it is viewed.
+docs: $(VENV)/docs/.installed
+	@NO_MKDOCS_2_WARNING=1 $(LEG) "site" $(VENV)/docs/bin/mkdocs build --strict --quiet
+
+docs-serve: $(VENV)/docs/.installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/mkdocs serve
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # All versions are pinned, so pip need not resolve them again. triton is installed separately: a torch built for CUDA
@@ -135,6 +161,15 @@ $(VENV)/requirements: requirements-dev.txt
 
 $(VENV)/installed: $(VENV)/requirements pyproject.toml setup.py
 	@$(LEG) "install this package" $(BIN)/python -m pip install -qq --no-deps --no-build-isolation -e .
+	@touch $@
+
+# An environment with only what the demo needs, at the same versions. A torch built for CUDA requires a triton of its
+# own. Modules are compiled when they are first imported, because most never are.
+$(DEMO)/installed: requirements-dev.txt pyproject.toml setup.py
+	@echo "Installing PyTorch, transformers and this package into $(DEMO): 1 GB on disk. PyTorch for CUDA, as PyPI has it: 2.7 GB to download."
+	@$(PYTHON) -m venv --clear $(DEMO)
+	@sed -e '/^triton==/d' -e 's/\[.*\]//' $< > $(DEMO)/constraints.txt
+	@$(DEMO)/bin/python -m pip install -qq --no-compile -c $(DEMO)/constraints.txt -e '.[transformers]'
 	@touch $@
 
 $(VENV)/triton-%/.installed: $(VENV)/installed
@@ -154,10 +189,20 @@ $(VENV)/atheris-%/.installed: $(VENV)/installed
 	@$(LEG) "install atheris $*" $(BIN)/python -m pip install -qq --no-deps --target $(@D) atheris==$*
 	@touch $@
 
+$(VENV)/notebook/.installed: .ci/notebook-tools.txt $(VENV)/installed
+	@rm -rf $(@D)
+	@$(LEG) "install what runs notebooks" $(BIN)/python -m pip install -qq --no-deps --no-compile --target $(@D) -r $<
+	@touch $@
+
 $(VENV)/transformers-%/.installed: $(VENV)/installed
 	@rm -rf $(@D)
 	@$(LEG) "install transformers $*" \
 		$(BIN)/python -m pip install -qq --no-deps --target $(@D) transformers==$* $(EXTRA_$*)
+	@touch $@
+
+$(VENV)/docs/.installed: requirements-docs.txt $(VENV)/installed
+	@$(LEG) "new environment" $(PYTHON) -m venv --clear $(@D)
+	@$(LEG) "install mkdocs" $(@D)/bin/python -m pip install -qq -r $<
 	@touch $@
 
 $(VENV)/release/.installed: .ci/release-tools.txt $(VENV)/installed

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from automodel_conv.saving import SaveReport, save_checkpoint
     from automodel_conv.verifying import verify_checkpoint
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 _DEFINED_IN = {
     "automodel_conv.conversion_mapping": (

@@ -18,7 +18,6 @@ from automodel_conv.errors import (
     DestinationError,
     ReadError,
     VerificationError,
-    WriteError,
     listing,
     message,
 )
@@ -36,10 +35,11 @@ from automodel_conv.files.companions import companions_of
 from automodel_conv.files.config import CONFIG_NAME, MODELOPT_NAME, plain_config
 from automodel_conv.files.destination import open_destination
 from automodel_conv.files.finished import is_finished
+from automodel_conv.files.remote import local_path
 from automodel_conv.files.shards import index_of
 from automodel_conv.files.source import Identity, LocalFile
 from automodel_conv.files.staging import remove_leftovers
-from automodel_conv.files.write_errors import write_errors
+from automodel_conv.files.write_errors import no_room_error, write_errors
 from automodel_conv.progress import bytes_progress
 from automodel_conv.publishing.conversion import DEFAULT_SCRATCH_BYTES, Conversion, compile_conversion
 from automodel_conv.publishing.save_files import write_checksums
@@ -196,6 +196,7 @@ def convert_checkpoint(
         (['norm.weight'], ['BF16'], ('mtp.norm.weight',))
     """
     began = time.perf_counter()
+    directory = local_path(destination)
     opened = open_downloaded(source, companions=True)
     with while_importing(opened) if rules is None else nullcontext():
         conversion = compile_conversion(
@@ -210,7 +211,6 @@ def convert_checkpoint(
         )
     checkpoint, shards = conversion.checkpoint, conversion.shards
     limits = split_scratch(threads, DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes, reads_files=True)
-    directory = os.path.abspath(os.fsdecode(destination))
     state = _identities(checkpoint)
     config = plain_config(checkpoint.directory) if dequantize else None
     work = {"source files": state, "tensors": _digest(conversion), "files": [shard.name for shard in shards]}
@@ -243,8 +243,7 @@ def convert_checkpoint(
         with write_errors(directory):
             free = system.free_bytes(directory)
         if free < nbytes:
-            wanted = f"{nbytes} bytes for {len(unfinished)} files"
-            raise WriteError(message("the disk has too little room", where=directory, expected=wanted, found=free))
+            raise no_room_error(directory, nbytes, len(unfinished), free)
         reads = [(shard.name in unfinished) + (verify and shard.name not in place.verified) for shard in shards]
         progress_bytes = sum(
             count * spec.nbytes for shard, count in zip(shards, reads, strict=True) for spec in shard.specs

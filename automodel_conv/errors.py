@@ -1,7 +1,8 @@
 """The errors of this package: one base class, and one class for each kind of problem.
 
 A message answers up to five questions, in this order: what went wrong, where (file, tensor, rule), what was expected,
-what was found, and what to do. ``message`` builds that text, so all errors have the same form.
+what was found, and what to do. ``message`` builds that text, so all errors have the same form. When an error is
+printed, a last line has the address of its class in the documentation.
 
 Advice may name an argument of the function that the caller called, which the code that raises does not know. It writes
 the argument in braces, as in ``{strict=False} loads what fits``, and ``doors.py`` keeps only advice that the caller can
@@ -12,6 +13,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+
+DOCUMENTATION = "https://automodel-conv.github.io/automodel_conv/"
+"""Address of the documentation; pyproject.toml has it too."""
+_ENTRIES = f"{DOCUMENTATION}errors/#"
+# The last line of a printed error.
+_HELP_LINE = re.compile(rf"\n? *help: +{re.escape(_ENTRIES)}\w*")
 
 # Characters that move a terminal's cursor, change the direction of text or cannot be encoded: C0 except tab and line
 # feed, C1, separators and directions of Unicode, halves of surrogate pairs.
@@ -38,10 +45,11 @@ class Message(str):
         """Build the text with the advice that applies.
 
         Args:
-            what: the text without the advice.
+            what: the text without the advice. If it quotes printed errors, their last lines are left out.
             do: all advice.
             words: spells the text in braces. By default all advice applies as it is written.
         """
+        what = _HELP_LINE.sub("", what)
         wordings = [tuple(text for text in _wordings(advice) if _spelled(text, words)) for advice in do]
         kept = tuple(filter(None, wordings))
         lines = [what]
@@ -68,7 +76,8 @@ class ConversionError(ValueError):
     """The base class of all errors that this package raises on purpose.
 
     Its text is safe to print in a terminal or a log, even if names of tensors come from untrusted files: characters
-    that cannot be printed are escaped, and long lines are cut.
+    that cannot be printed are escaped, and long lines are cut. ``str(error)`` ends with the address of its class in the
+    documentation; ``error.args[0]`` is the text without that line.
 
     Example:
         >>> from automodel_conv import convert_state_dict
@@ -81,7 +90,16 @@ class ConversionError(ValueError):
 
     def __init__(self, text: str = ""):
         self._message = text if isinstance(text, Message) else Message(text)
-        super().__init__(_printable(text))
+        super().__init__(_printable(self._message))
+
+    def __str__(self) -> str:
+        # Not ``super().__str__()``: that of KeyError, a base of UnknownTarget, quotes the text.
+        return f"{Exception.__str__(self)}\n  help:     {_ENTRIES}{self._documented_class().__name__.lower()}"
+
+    @classmethod
+    def _documented_class(cls) -> type:
+        """Return the class of this module that a class is or is derived from; the documentation has an entry for it."""
+        return next(base for base in cls.__mro__ if base.__module__ == __name__)
 
     def say(self, words: Words) -> None:
         """Keep only the advice that the caller can follow, with arguments spelled by ``words``."""
@@ -214,8 +232,6 @@ class QuantizationError(ConversionError):
 class UnknownTarget(ConversionError, KeyError):
     """Raised for a target name that a plan does not have."""
 
-    __str__ = Exception.__str__  # KeyError's would quote the text
-
 
 class ReadError(ConversionError):
     """Raised if tensor data cannot be read or mapped; names the targets that are complete already, if any.
@@ -276,6 +292,7 @@ class RankError(ConversionError):
         ... except ConversionError as error:
         ...     print(f"end the job: {error}")
         end the job: loading failed on another rank
+          help:     https://automodel-conv.github.io/automodel_conv/errors/#rankerror
     """
 
 
@@ -315,19 +332,24 @@ def message(
             that was called. The advice is left out if the function has no such argument, or if the argument has that
             value already.
     """
-    lines = [what]
-    if where is not None:
-        lines.append(f"  where:    {where}")
-    if expected is not None:
-        lines.append(f"  expected: {expected}")
-    if found is not None:
-        lines.append(f"  found:    {found}")
+    parts = {"where": where, "expected": expected, "found": found}
+    lines = [what, *(_labelled(label, str(part)) for label, part in parts.items() if part is not None)]
     return Message("\n".join(lines), [] if do is None else [do] if isinstance(do, str) else list(do))
 
 
+def _labelled(label: str, text: str) -> str:
+    """Return a text after its label, or below it if the text begins with a new line."""
+    return f"  {label}:{text}" if text.startswith("\n") else f"  {f'{label}:':9} {text}"
+
+
+def in_context(context: str, error: ConversionError) -> Message:
+    """Return the text of an error below lines that describe where it happened; its advice stays last."""
+    return Message(f"{context}\n{error._message.what}", error._message.do)
+
+
 def listing(items: Iterable[object], limit: int = 20) -> str:
-    """Return the first ``limit`` items, one per line, and the number of further ones."""
-    lines = [f"    {item}" for item in items]
+    """Return the first ``limit`` items, one below the other and indented, and the number of further ones."""
+    lines = ["    " + str(item).replace("\n", "\n    ") for item in items]
     shown, more = lines[:limit], len(lines) - limit
     if more > 0:
         shown.append(f"    ... and {more} more")

@@ -41,7 +41,8 @@ def load_state_dict(
 
     Args:
         path: a directory with or without an index, an index file, a ``.safetensors`` file, or ``org/name`` on the Hub.
-            Weights, index and config of a repository are downloaded first if the cache lacks them.
+            Weights, index and config of a repository are downloaded first if the cache lacks them. Or a URL, see
+            ``open_checkpoint``, whose tensors are read by range.
         model: the model whose names, dtypes and rules to use. It is not changed, and may be on the meta device. None:
             the model of the checkpoint's ``config.json``, built on the meta device, unless ``rules`` or ``plan`` are
             given. See ``compile_plan``.
@@ -132,7 +133,8 @@ def load_model(model: nn.Module, path: str | os.PathLike[str], **options: Unpack
     Args:
         model: the model to fill. torch may have wrapped it, see ``compile_plan``.
         path: a directory with or without an index, an index file, a ``.safetensors`` file, or ``org/name`` on the Hub.
-            Weights, index and config of a repository are downloaded first if the cache lacks them.
+            Weights, index and config of a repository are downloaded first if the cache lacks them. Or a URL, see
+            ``open_checkpoint``, whose tensors are read by range.
         **options: see ``LoadOptions``.
 
     Returns:

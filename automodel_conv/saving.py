@@ -27,6 +27,7 @@ from automodel_conv.execution.tensor_slabs import LocalTensor, tensor_slabs
 from automodel_conv.execution.writing import split_scratch, write_slabs
 from automodel_conv.files.checkpoint import open_checkpoint, open_downloaded
 from automodel_conv.files.destination import open_destination
+from automodel_conv.files.remote import local_path
 from automodel_conv.files.staging import staged_path
 from automodel_conv.planning.names import plain_tensors
 from automodel_conv.planning.sharding import region_of
@@ -177,12 +178,13 @@ def save_checkpoint(
         raise UnsupportedError(message("neither a model nor a state dict", found=kind_of(state)))
     groups = [dist.group.WORLD] if meshes_of(state.values()) else []
     with all_or_raise(groups, "planning what to save"):
-        directory = os.path.abspath(os.fsdecode(directory))
+        directory = local_path(directory)
         if model is None and rules is None and layout is None and reference is None:
             raise UnsupportedError(
                 message(
                     "a state dict does not determine the rules that take its experts apart",
-                    do="pass the model, rules=, layout= or reference=; rules=[] keeps all names",
+                    do="pass the model, rules= or layout=; reference= restores the names and files of a checkpoint, "
+                    "with rules= if experts are grouped; rules=[] keeps all names",
                 )
             )
         keeps_names = model is None and not rules and layout is None and reference is None

@@ -57,7 +57,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import automodel_conv as amc
-from automodel_conv.cli.demo import fill_with_random_bits
+from automodel_conv.cli.demo_process import fill_with_random_bits
 from automodel_conv.cli.measuring import PeakMemory, ready_memory
 from automodel_conv.execution import host_decoding as decoding
 from automodel_conv.execution.workers import run_in_threads

@@ -30,11 +30,14 @@ import numpy
 from torch import Tensor
 
 import automodel_conv
-from automodel_conv.cli.demo import digests
+from automodel_conv.cli.demo_process import digests
 from automodel_conv.cli.measuring import PeakMemory
 from benchmarks import memory
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = REPOSITORY / "benchmarks" / "results"
+PICTURES = REPOSITORY / "docs" / "pictures"
+"""The folder of all plots that pages show."""
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _IO = Path("/proc/self/io")
 _CPUS = Path("/proc/cpuinfo")

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from automodel_conv.cli.demo import fill_with_random_bits
+from automodel_conv.cli.demo_process import fill_with_random_bits
 from automodel_conv.dtypes import dtype_code
 
 

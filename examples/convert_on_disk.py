@@ -2,7 +2,8 @@
 
     python examples/convert_on_disk.py [PATH]
 
-Without a path, the script writes a small Qwen3-MoE checkpoint first. All output goes to a temporary directory.
+Shows that no bit is lost on the way there and back. Without a path, the script writes a small Qwen3-MoE checkpoint
+first. All output goes to a temporary directory, so PATH needs twice its size there.
 """
 
 import sys
@@ -40,12 +41,12 @@ def main() -> None:
 
         # convert_checkpoint has compared the tensors already (verify=True). This call does it again, at any later time.
         compared = amc.verify_checkpoint(published, grouped, layout="nemo")
-        print(f"{compared / 1e6:.1f} MB equal, bit for bit, the conversion of the published checkpoint")
+        print(f"{compared / 1e6:.1f} MB are the conversion of the published checkpoint, bit for bit")
 
         # Convert back: one tensor per expert again, under the published names.
         amc.convert_checkpoint(grouped, back, layout="per_expert")
         compared = amc.verify_checkpoint(published, back, rules=[])
-        print(f"{compared / 1e6:.1f} MB are unchanged after the round trip")
+        print(f"{compared / 1e6:.1f} MB are the published tensors again, bit for bit")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,10 @@
-"""Load a checkpoint of per-expert tensors into a module with experts in NeMo AutoModel's layout: ``[E, H, 2I]``."""
+"""Load a published checkpoint into a module of your own, with experts in NeMo AutoModel's layout, ``[E, H, 2I]``.
+
+    python examples/load_nemo_layout.py
+
+Shows that the module needs nothing but parameters of the layout's names and shapes, and that they equal the experts
+that transformers has, transposed.
+"""
 
 import tempfile
 
@@ -35,7 +41,8 @@ def main() -> None:
         reference = Qwen3MoeForCausalLM(config)
         reference.save_pretrained(directory)
 
-        # The module's parameters are the targets. strict=False leaves the checkpoint's other tensors out.
+        # The module's parameters are the targets. It has no config that names its rules, so they are passed.
+        # strict=False leaves the checkpoint's other tensors out.
         model = nn.ModuleDict({"model": nn.ModuleDict({"layers": nn.ModuleList([_layer()])})})
         rules = amc.get_checkpoint_conversion_mapping("qwen3_moe")
         report = amc.load_model(model, directory, rules=rules, layout="nemo", strict=False)
@@ -44,7 +51,10 @@ def main() -> None:
     grouped = reference.model.layers[0].mlp.experts
     assert torch.equal(experts.gate_and_up_projs, grouped.gate_up_proj.transpose(1, 2))
     assert torch.equal(experts.down_projs, grouped.down_proj.transpose(1, 2))
-    print(f"{report.bytes_read / 1e6:.1f} MB of experts, {len(report.unexpected_keys)} other tensors left out")
+    print(
+        f"read {report.bytes_read / 1e6:.1f} MB of experts, and nothing of {len(report.unexpected_keys)} other tensors"
+    )
+    print("both parameters equal the experts of transformers, transposed")
 
 
 def _layer() -> nn.Module:

@@ -2,9 +2,10 @@
 
     python examples/load_sharded.py [PATH]
 
-Without a path, the script writes a small Qwen3-MoE checkpoint first. Each process
-reads only its own experts. The script then repeats this with ``torch.distributed.checkpoint``, for code that already
-calls ``dcp.load`` and ``dcp.save``. All output goes to a temporary directory.
+Shows that each process reads only its own experts, and that the files they save together hold the published tensors,
+bit for bit. The script does it twice: with ``load_model`` and ``save_checkpoint``, and with
+``torch.distributed.checkpoint``, for code that already calls ``dcp.load`` and ``dcp.save``. Without a path, it writes a
+small Qwen3-MoE checkpoint first. All output goes to a temporary directory.
 """
 
 import sys
@@ -47,7 +48,7 @@ def main() -> None:
         # Both methods have written each published tensor exactly once.
         for saved in ("saved", "saved by dcp"):
             nbytes = amc.verify_checkpoint(published, Path(directory, saved), rules=[])
-            print(f"{saved}: {nbytes / 1e6:.1f} MB equal the published tensors bit for bit")
+            print(f"{saved}: {nbytes / 1e6:.1f} MB are the published tensors again, bit for bit")
 
 
 def run_rank(rank: int, published: str, directory: str) -> None:

@@ -1,8 +1,10 @@
-"""Build a model of transformers from converted tensors, without replacing any function of transformers.
+"""Load a model of transformers, and save it again, without replacing any function of transformers.
 
     python examples/load_without_patching.py [PATH]
 
-Without a path, the script writes a small Qwen3-MoE checkpoint first.
+Shows how to pass tensors through ``from_pretrained``'s own ``state_dict=``, and that ``save_pretrained`` writes the
+published tensors again if they are reverted first. Without a path, the script writes a small Qwen3-MoE checkpoint
+first.
 """
 
 import sys
@@ -36,12 +38,14 @@ def main() -> None:
 
         # from_pretrained does the rest as usual: non-persistent buffers, ties, missing parameters, its report.
         model = model_class.from_pretrained(None, config=config, state_dict=amc.load_state_dict(path))
-        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, none of them copied again")
+        print(f"loaded {sum(p.numel() for p in model.parameters()):,} parameters")
 
         # The model has no record of the per-expert tensors, so it would save grouped experts.
         published = amc.revert_state_dict(model.state_dict(), model, reference=path)
-        print(f"to save: {len(published)} tensors under the names of the checkpoint")
-        model.save_pretrained(Path(directory) / "out", state_dict=published, save_original_format=False)
+        count, out = len(published), Path(directory, "out")
+        model.save_pretrained(out, state_dict=published, save_original_format=False)
+        nbytes = amc.verify_checkpoint(path, out, rules=[])
+        print(f"saved {count} tensors: {nbytes / 1e6:.1f} MB are the published tensors again, bit for bit")
 
 
 if __name__ == "__main__":

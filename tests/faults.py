@@ -26,6 +26,7 @@ from automodel_conv.files import system
 CHANGING = (
     *("create", "open_append", "open_existing", "pwritev", "copy_range", "write_end", "truncate", "reserve", "sync"),
     *("make_directory", "sync_directory", "rename", "copy_file", "remove", "remove_directory"),
+    "make_temporary_directory",
 )
 READING = (
     "open_readonly",

@@ -124,7 +124,7 @@ def bench(
         ReadError: a read failed.
     """
     rules = None if use_model else []
-    compile_plan(path, rules=rules, layout=layout, dtype=dtype)  # so that imports are not timed
+    compile_plan(open_downloaded(path), rules=rules, layout=layout, dtype=dtype)  # so that imports are not timed
     start = time.perf_counter()
     checkpoint = open_downloaded(path)
     opened_time = time.perf_counter()

@@ -1,32 +1,23 @@
 """A comparison of transformers and this package: both load the same checkpoint.
 
-Each load is a process of its own. Its timing starts after the imports and after the load of a tiny checkpoint of the
-same kind. The big checkpoint was just written, so its files are in the page cache. The memory that the load will use
-was touched and freed (see ``ready_memory``). The two methods alternate.
+One process imports transformers (``demo_process``). It starts a new process for every step: one that writes the
+checkpoint, then one for each load. This module starts the first process, shows its progress and collects its results.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from automodel_conv.cli.measuring import PeakMemory, ready_memory
 from automodel_conv.errors import ConversionError, UnsupportedError, message
 from automodel_conv.files.write_errors import write_errors
-from automodel_conv.loading import load_state_dict
-from automodel_conv.upstream.registry import transformers_available
 
 METHODS = ("transformers", "automodel_conv")
 RUNS = 3
@@ -49,7 +40,7 @@ TINY = DemoModel(layers=2, experts=3, hidden_size=64, intermediate_size=32, shar
 
 @dataclass(frozen=True)
 class DemoLoad:
-    """Loads with one method: median time, peak memory above the level after imports, and a digest of every tensor."""
+    """Loads with one method: median time, peak memory above the level before the load, and a digest of every tensor."""
 
     seconds: float
     anonymous_bytes: int | None
@@ -64,109 +55,52 @@ class DemoResult:
     The demo has removed its files.
     """
 
-    directory: str
-    files: int
+    versions: Mapping[str, str]
+    """Versions of the two packages."""
     file_bytes: int
-    write_seconds: float
     loads: Mapping[str, DemoLoad]
     different: tuple[str, ...]
-    """Names of the tensors that are not bit-exact."""
+    """Names of the tensors that are not equal in every byte."""
 
 
-def run_demo(model: DemoModel = BIG, directory: str | None = None) -> DemoResult:
-    """Write a checkpoint with transformers, load it with both, and compare all tensors bit by bit.
+def run_demo(
+    model: DemoModel = BIG, directory: str | None = None, show: Callable[[str], None] = lambda line: None
+) -> DemoResult:
+    """Write a checkpoint with transformers, load it with both packages, and compare all bytes of all tensors.
 
     Args:
         model: sizes of the model.
         directory: where to create a temporary directory, which is removed; None: the system's default.
+        show: called with each line of progress.
 
     Raises:
         UnsupportedError: transformers is not installed.
         WriteError: the directory cannot be written to.
-        ConversionError: a load failed; the error has the end of its output.
+        ConversionError: a step failed; the error has the end of its output.
     """
-    if not transformers_available():
-        raise UnsupportedError(message("the demo needs transformers", do="pip install transformers"))
     parent = tempfile.gettempdir() if directory is None else directory
     with write_errors(parent):
         temporary = tempfile.TemporaryDirectory(prefix="automodel-conv-demo-", dir=parent)
     with temporary as root:
-        big, tiny = os.path.join(root, "big"), os.path.join(root, "tiny")
-        start = time.perf_counter()
-        with write_errors(parent):
-            write_checkpoint(model, big)
-            write_seconds = time.perf_counter() - start
-            write_checkpoint(TINY, tiny)
-        files = [os.path.join(big, file) for file in os.listdir(big) if file.endswith(".safetensors")]
-        runs: dict[str, list[DemoLoad]] = {method: [] for method in METHODS}
-        for _ in range(RUNS):
-            for method in METHODS:
-                runs[method].append(_in_new_process(method, big, tiny))
-        loads = {method: _merged(of_method) for method, of_method in runs.items()}
-        first, second = (loads[method].digests for method in METHODS)
-        different = [name for name in {**first, **second} if first.get(name) != second.get(name)]
-        return DemoResult(
-            big,
-            len(files),
-            sum(map(os.path.getsize, files)),
-            write_seconds,
-            loads,
-            tuple(different),
+        show("importing PyTorch and transformers ...")
+        events = _events(model, root, RUNS)
+        versions = next(events)
+        show(f"writing a checkpoint of {model.layers} layers with {model.experts} experts each ...")
+        written = next(events)
+        show(
+            f"{written['tensors']} tensors in {written['files']} files, {written['bytes'] / 1e9:.2f} GB, "
+            f"written with transformers in {written['seconds']:.0f} s to {written['directory']}"
         )
-
-
-def write_checkpoint(model: DemoModel, directory: str, seed: int = 0) -> None:
-    """Write a bfloat16 checkpoint with transformers: a tensor for each expert and projection, several files."""
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    sizes = {
-        "vocab_size": 1024,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.intermediate_size,
-        "moe_intermediate_size": model.intermediate_size,
-        "num_hidden_layers": model.layers,
-        "num_experts": model.experts,
-        "num_experts_per_tok": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": model.hidden_size // 16,
-        "tie_word_embeddings": False,
-    }
-    config = Qwen3MoeConfig(**sizes)
-    with torch.device("meta"):
-        moe = Qwen3MoeForCausalLM._from_config(config, dtype=torch.bfloat16)
-    moe.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in moe.parameters():
-        fill_with_random_bits(parameter.data, generator)
-    moe.save_pretrained(directory, max_shard_size=model.shard_size)
-
-
-def fill_with_random_bits(tensor: Tensor, generator: torch.Generator) -> None:
-    """Fill a tensor with random values between -2 and 2 from random bits, several times faster than ``normal_``.
-
-    Args:
-        tensor: contiguous, bfloat16, on the CPU; filled in place.
-        generator: source of the random bits.
-    """
-    bits = tensor.view(-1).view(torch.int16)
-    quads = torch.empty(-(-bits.numel() // 4), dtype=torch.int64)
-    quads.random_(-(2**63), None, generator=generator)
-    bits.copy_(quads.view(torch.int16)[: bits.numel()])
-    # An exponent without its top bit cannot be that of a NaN or an infinity.
-    bits.bitwise_and_(~0x4000)
-
-
-def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return a digest of dtype, shape and bytes by name; copies tensors that are not contiguous."""
-    by_name = {}
-    for name, tensor in tensors.items():
-        content = hashlib.blake2b(f"{tensor.dtype} {list(tensor.shape)}".encode(), digest_size=16)
-        content.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
-        by_name[name] = content.hexdigest()
-    return by_name
+        show(f"loading it {RUNS} times with each package, every time in a new process ...")
+        runs: dict[str, list[DemoLoad]] = {method: [] for method in METHODS}
+        for event in events:
+            load = DemoLoad(**event["load"])
+            runs[event["method"]].append(load)
+            show(f"  {event['method']:14} {load.seconds:6.2f} s")
+    loads = {method: _merged(of_method) for method, of_method in runs.items()}
+    first, second = (loads[method].digests for method in METHODS)
+    different = [name for name in {**first, **second} if first.get(name) != second.get(name)]
+    return DemoResult(versions, written["bytes"], loads, tuple(different))
 
 
 def _merged(runs: Sequence[DemoLoad]) -> DemoLoad:
@@ -180,38 +114,32 @@ def _merged(runs: Sequence[DemoLoad]) -> DemoLoad:
     )
 
 
-def _in_new_process(method: str, directory: str, warm_up: str) -> DemoLoad:
-    command = [sys.executable, "-m", "automodel_conv.cli.demo", method, directory, warm_up]
-    run = subprocess.run(command, capture_output=True, text=True)
-    if run.returncode:
-        output = f"exit status {run.returncode}\n{run.stderr[-4000:]}"
-        raise ConversionError(message(f"loading with {method} failed", found=output))
-    return DemoLoad(**json.loads(run.stdout.splitlines()[-1]))
+def _events(model: DemoModel, root: str, runs: int) -> Iterator[dict[str, Any]]:
+    """Run the steps in another process, and yield the JSON object that it writes after each.
 
-
-def _load(method: str, directory: str) -> tuple[Any, dict[str, Tensor]]:
-    """Return the loaded object, which keeps its tensors alive, and its state dict."""
-    if method == "automodel_conv":
-        tensors = load_state_dict(directory)
-        return tensors, tensors
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(directory)
-    return model, model.state_dict()
-
-
-def _measure(method: str, directory: str, warm_up: str) -> DemoLoad:
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    _load(method, warm_up)
-    ready_memory(2 * sum(file.stat().st_size for file in os.scandir(directory)))
-    with PeakMemory() as peak:
-        start = time.perf_counter()
-        _, tensors = _load(method, directory)
-        seconds = time.perf_counter() - start
-    return DemoLoad(seconds, peak.anonymous_bytes, peak.resident_bytes, digests(tensors))
-
-
-if __name__ == "__main__":
-    sys.stdout.write(json.dumps(vars(_measure(*sys.argv[1:4]))) + "\n")
+    Its output is shown only if it fails. Packages that transformers imports may print, as torchao does if it was built
+    for another release of torch.
+    """
+    reader, writer = os.pipe()
+    command = [sys.executable, "-m", "automodel_conv.cli.demo_process", json.dumps(asdict(model)), root]
+    with tempfile.TemporaryFile("w+", errors="replace") as log, open(reader) as events:
+        with open(writer):
+            process = subprocess.Popen(
+                [*command, str(runs), str(writer)],
+                pass_fds=(writer,),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        with process:
+            for line in events:
+                event = json.loads(line)
+                if "unsupported" in event:
+                    raise UnsupportedError(
+                        message(event["unsupported"], do="pip install 'automodel-conv[transformers]'")
+                    )
+                yield event
+        if process.returncode:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - 4000))
+            output = f"exit status {process.returncode}\n{log.read()}"
+            raise ConversionError(message("a step of the demo failed", found=output))

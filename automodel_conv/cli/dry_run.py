@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 import typer
 
 from automodel_conv.cli.printing import print_names, print_table
-from automodel_conv.errors import DestinationError, WriteError, listing, message
+from automodel_conv.errors import DestinationError, listing, message
+from automodel_conv.files.write_errors import no_room_error
 
 if TYPE_CHECKING:
     from automodel_conv.publishing.conversion import Conversion
@@ -23,8 +23,9 @@ def print_dry_run(conversion: Conversion, destination: str) -> None:
     """
     from automodel_conv.cli.tables import two_columns
     from automodel_conv.files.disk_space import disk_space_of
+    from automodel_conv.files.remote import local_path
 
-    directory = os.path.abspath(destination)
+    directory = local_path(destination)
     plan, room = conversion.plan, disk_space_of(directory)
     typer.echo(plan.summary())
     table = two_columns()
@@ -49,11 +50,4 @@ def print_dry_run(conversion: Conversion, destination: str) -> None:
             )
         )
     if room.free_bytes < conversion.bytes_needed:
-        raise WriteError(
-            message(
-                "the disk has too little room",
-                where=directory,
-                expected=f"{conversion.bytes_needed} bytes for {len(conversion.shards)} files",
-                found=room.free_bytes,
-            )
-        )
+        raise no_room_error(directory, conversion.bytes_needed, len(conversion.shards), room.free_bytes)

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 PathArgument = Annotated[
     str,
-    typer.Argument(metavar="PATH", help="A directory, an index file, a .safetensors file, or org/name."),
+    typer.Argument(
+        metavar="PATH",
+        help="A directory, an index file, a .safetensors file, or org/name; for plan and load, also a URL.",
+    ),
 ]
 LayoutOption = Annotated[
     str | None,

@@ -1,17 +1,23 @@
-"""The tables that commands print as their reports."""
+"""The tables that commands print as their reports.
+
+Importing this module does not import torch, which the demo would wait for.
+"""
 
 from __future__ import annotations
 
 from statistics import median
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from automodel_conv.cli.bench import RUNS as BENCH_RUNS
-from automodel_conv.cli.bench import Bench
-from automodel_conv.cli.demo import RUNS, DemoResult
-from automodel_conv.cli.forecast import Forecast
-from automodel_conv.converting import ConvertReport
-from automodel_conv.execution.report import LoadReport
+from automodel_conv.cli.demo import RUNS
+
+if TYPE_CHECKING:
+    from automodel_conv.cli.bench import Bench
+    from automodel_conv.cli.demo import DemoResult
+    from automodel_conv.cli.forecast import Forecast
+    from automodel_conv.converting import ConvertReport
+    from automodel_conv.execution.report import LoadReport
 
 
 def two_columns(caption: str | None = None) -> Table:
@@ -89,29 +95,32 @@ def report_table(report: LoadReport, tensors: int) -> Table:
 def demo_table(result: DemoResult) -> Table:
     """Return the table of the demo, a row for each method."""
     table = Table(
-        "loaded with", caption=f"median of {RUNS} new processes; memory is the peak above the level after imports"
+        "loaded with",
+        caption=f"seconds: median of {RUNS} loads; memory: peak above the level before a load; "
+        "resident memory includes pages of mapped files",
     )
-    for title in ("seconds", "GB/s", "peak allocated GB", "peak resident GB", "bit-exact"):
+    for title in ("seconds", "GB/s", "allocated", "resident", "equal bytes"):
         table.add_column(title, justify="right")
     for method, load in result.loads.items():
-        exact = "" if method == "transformers" else "no" if result.different else "yes"
         table.add_row(
-            method,
+            f"{method} {result.versions[method]}",
             f"{load.seconds:.2f}",
             f"{result.file_bytes / 1e9 / load.seconds:.2f}",
             _gigabytes(load.anonymous_bytes),
             _gigabytes(load.resident_bytes),
-            exact,
+            "" if method == "transformers" else "no" if result.different else "all",
         )
     return table
 
 
 def _gigabytes(nbytes: int | None) -> str:
-    return "-" if nbytes is None else f"{nbytes / 1e9:.2f}"
+    return "-" if nbytes is None else f"{nbytes / 1e9:.2f} GB"
 
 
 def bench_tables(result: Bench) -> list[Table]:
     """Return the tables of a measurement: its counts, and its speeds by number of threads."""
+    from automodel_conv.cli.bench import RUNS as BENCH_RUNS
+
     counts = two_columns()
     cached = "unknown" if result.cached is None else f"{result.cached:.0%}"
     counts.add_row("files, tensors", f"{result.files}, {result.tensors}")

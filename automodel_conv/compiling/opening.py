@@ -20,6 +20,7 @@ from automodel_conv.execution.cores import rank_on_this_node, ranks_on_this_node
 from automodel_conv.execution.report import Clock
 from automodel_conv.files.checkpoint import Checkpoint, open_downloaded
 from automodel_conv.files.reading_ahead import reading_ahead
+from automodel_conv.files.remote import refuse_url
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.given_plan import Misfits, as_plan, fit_sources, fit_targets
 from automodel_conv.planning.plan import CopyPlan
@@ -64,7 +65,9 @@ def open_to_load(
     """
     given = None if settings.plan is None else as_plan(settings.plan, settings.given())
     clock.lap("plan")
-    checkpoint = open_downloaded(path, revision=settings.revision)
+    if settings.memory_map:
+        refuse_url(path)
+    checkpoint = open_downloaded(path, revision=settings.revision, by_range=True)
     clock.lap("open")
     if given is not None:
         fitted, problems = fitted_plan(given, checkpoint, model, state, settings.strict, in_place)

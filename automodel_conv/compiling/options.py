@@ -38,12 +38,12 @@ class PlanOptions(TypedDict, total=False):
     """``{pattern: replacement}``, applied to names before the rules, as in ``from_pretrained``. None: no renames."""
 
     dtype: torch.dtype | None
-    """Dtype of the floating-point targets. None: each parameter keeps its own; without a model, targets have the dtype
-    of their sources. With None, a parameter that is new or on the meta device gets the dtype that ``from_pretrained``
-    would give it. This is the dtype of the model or, if ``config.json`` states none, of the first tensor by name. There
-    are three exceptions. Parameters that the model keeps in float32 are float32. All targets of one rule have the dtype
-    of its first target. Tensors of quantized checkpoints that transformers does not cast keep the dtype in the file.
-    ``load_model`` replaces parameters of another floating-point dtype."""
+    """Dtype of the floating-point targets. None: a parameter keeps its own dtype. On the meta device that is the dtype
+    in which the model was built, float32 unless you chose another. Without a model, targets have the dtype that
+    ``from_pretrained`` would choose: that of ``config.json`` or, if it states none, of the first tensor by name. Three
+    kinds of targets without a value differ. Parameters that transformers keeps in float32 are float32. All targets of
+    one rule have the dtype of its first target. Tensors of quantized checkpoints that transformers does not cast keep
+    the dtype in the file. If ``dtype`` is given, ``load_model`` replaces parameters of another floating-point dtype."""
 
     dequantize: bool
     """Decode the tensors that ``quantization_config`` in ``config.json`` describes as quantized, and round each element

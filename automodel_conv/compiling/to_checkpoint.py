@@ -115,7 +115,8 @@ def _inverse_of_loading(
         plain, model=model, rules=rules, layout=layout, source_layout=source_layout, targets=has
     )
     problems.unexpected.clear()  # names of the reference that the state dict lacks
-    problems.raise_unless_fit("the reference checkpoint and the tensors to revert")
+    do = ["pass {rules=} too, to split grouped experts of a state dict"] if model is None and not rules else []
+    problems.raise_unless_fit("the reference checkpoint and the tensors to revert", do=do)
     back = forward.inverse()
     rows = {name: row for row, name in enumerate(table.names)}
     renumbered = [rows[name] for name in back.sources.names]

@@ -66,7 +66,11 @@ def require_same_on_all(groups: Sequence[Any], parts: Iterable[bytes], what: str
         raise _lost_rank_error(f"comparing {what}", "\n" + listing(lost))
     if len(hashes) > 1:
         raise RankError(
-            message(f"{what} differ from rank to rank", expected="the same names, dtypes and whole shapes on all ranks")
+            message(
+                f"{what} differ from rank to rank",
+                expected="the same names, dtypes and whole shapes on all ranks",
+                do="pass the whole state dict on all ranks, and wrap the parts of one rank as DTensors",
+            )
         )
 
 
@@ -160,5 +164,9 @@ def send_replicas(tensors: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
 
 def _lost_rank_error(what: str, found: str) -> RankError:
     return RankError(
-        message(f"{what} was not finished by all ranks", found=found, do="check the errors of the other ranks")
+        message(
+            f"{what} was not finished by all ranks",
+            found=found,
+            do="read the output of the other ranks: one has ended, or is slower than the time-out of its process group",
+        )
     )

@@ -14,6 +14,8 @@ from automodel_conv.execution.buffers import checked_buffer
 from automodel_conv.planning.copies import Fallback, Target
 from automodel_conv.planning.plan import CopyPlan
 
+_COMPARE = "load the checkpoint with from_pretrained(); if that works, report this error"
+
 
 class FallbackCall(NamedTuple):
     """One call of transformers' own code."""
@@ -58,12 +60,14 @@ def run_fallback(call: FallbackCall, sources: Mapping[int, Tensor], buffers: Map
         with torch.no_grad():
             results = call.fallback.convert({row: tensor.to(device) for row, tensor in sources.items()})
     except Exception as error:  # operations of users or of transformers may raise anything
-        raise ConversionError(message(f"transformers' own code failed on {names}", found=repr(error))) from error
+        raise ConversionError(
+            message(f"transformers' own code failed on {names}", found=repr(error), do=_COMPARE)
+        ) from error
     for target in call.targets:
         tensor = results.get(target.name)
         if not isinstance(tensor, Tensor):
             text = f"transformers' own code did not return {target.name}"
-            raise ConversionError(message(text, found=", ".join(results)))
+            raise ConversionError(message(text, found=", ".join(results), do=_COMPARE))
         castable = dtype_code(tensor.dtype) in FLOATING and target.dtype in FLOATING
         if tensor.shape != target.shape or not (castable or dtype_code(tensor.dtype) == target.dtype):
             raise ConversionError(
@@ -71,6 +75,7 @@ def run_fallback(call: FallbackCall, sources: Mapping[int, Tensor], buffers: Map
                     f"transformers' own code returned {target.name} with a wrong shape or dtype",
                     expected=f"{target.dtype} {list(target.shape)}",
                     found=f"{dtype_code(tensor.dtype)} {list(tensor.shape)}",
+                    do=_COMPARE,
                 )
             )
         checked_buffer(target, buffers).copy_(tensor)

@@ -65,8 +65,13 @@ def limits_in_budget(
     if memory_budget is None:
         return limits
     if plan.fallbacks:
-        found = "\n" + listing(plan.fallbacks)
-        raise UnsupportedError(message("the memory of transformers' own code cannot be bounded", found=found))
+        raise UnsupportedError(
+            message(
+                "memory_budget cannot be kept: only transformers' own code can create some tensors, without a bound",
+                found="\n" + listing(plan.fallbacks),
+                do="leave {memory_budget} out",
+            )
+        )
     all_devices = {buffers[target.name].device for target in plan.targets}
     streamed = sum(transfer_device(device) is not None for device in all_devices)
     # A load of nothing has the minimum of a load to the host.

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from automodel_conv.errors import ReadError, message
+from automodel_conv.errors import ReadError, in_context, message
 from automodel_conv.execution.buffers import byte_view, dtype_of, span_bytes
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.files.source import OpenSource
@@ -83,14 +83,14 @@ def read(reads: Reads, checkpoint: Checkpoint, files: OpenFiles, memories: Seque
         try:
             file = files.opened(number)
         except OSError as error:
-            raise _failure(f"cannot open a file: {error}", path, call, checkpoint) from error
+            raise _failure(ReadError(f"cannot open a file: {error}"), path, call, checkpoint) from error
         views, gaps = _views(call, memories)
         gap_bytes += gaps
         try:
             file.read_into(views, int(call.offset_bytes[0]))
         except ReadError as error:
             # If the file shrank, its size shows which tensor is cut off. Other faults concern the whole call.
-            raise _failure(str(error), path, call, checkpoint, file.size()) from error
+            raise _failure(error, path, call, checkpoint, file.size()) from error
     for file in reads.files:
         files.release(file)
     return gap_bytes
@@ -110,7 +110,7 @@ def _views(call: Reads, memories: Sequence[memoryview]) -> tuple[list[memoryview
     return views, gap_bytes
 
 
-def _failure(text: str, path: str, call: Reads, checkpoint: Checkpoint, size: int | None = None) -> ReadError:
+def _failure(cause: ReadError, path: str, call: Reads, checkpoint: Checkpoint, size: int | None = None) -> ReadError:
     """Return the error of a read; it names the tensors in the read.
 
     If ``size``, the size of the file, cuts off tensors, the error names only the first of them.
@@ -122,7 +122,7 @@ def _failure(text: str, path: str, call: Reads, checkpoint: Checkpoint, size: in
     if len(rows) > 1:
         names = f"one of {len(rows)}, {names} to {checkpoint.names[rows[-1]]}"
     where = f"{path}, from byte {call.offset_bytes[0]}"
-    return ReadError(f"{message('tensor data could not be read', where=where)}\n  tensor:   {names}\n{text}")
+    return ReadError(in_context(f"{message('tensor data could not be read', where=where)}\n  tensor:   {names}", cause))
 
 
 def _rows_in(call: Reads, checkpoint: Checkpoint) -> list[int]:

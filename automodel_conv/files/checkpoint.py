@@ -1,7 +1,8 @@
 """Open a safetensors checkpoint by reading its index and the headers of its files.
 
 If the cache holds all files of a Hub repository, they are opened from there. Otherwise only their headers are fetched.
-Callers that read tensor data use ``open_downloaded``, which downloads the files first.
+Callers that read tensor data use ``open_downloaded``, which downloads the files first. Files behind a URL are never
+downloaded: their headers and their data are read by range.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from automodel_conv.files.choosing import (
     ADVICE,
     Chosen,
     absent_files,
+    choose_behind_url,
     choose_files,
     choose_in_repository,
     refuse_absent,
@@ -35,6 +37,7 @@ from automodel_conv.files.header import (
     take,
 )
 from automodel_conv.files.hub import HubFile, Repository, download, find_repository, names_in
+from automodel_conv.files.remote import RemoteFolder, fetch_small_files, find_folder, is_url, refuse_url
 from automodel_conv.files.shards import LAYOUT_KEY, PAGE_BYTES
 from automodel_conv.files.source import ByteSource, LocalFile
 
@@ -50,10 +53,12 @@ class Checkpoint:
     """The headers of a checkpoint as columns, with one row per tensor, sorted by file and then by offset.
 
     Attributes:
-        path: absolute path that was opened. For a repository, the path of its local snapshot.
-        directory: absolute path of the directory of its ``config.json``.
+        path: absolute path that was opened. For a repository, the path of its local snapshot. For a URL, the URL of the
+            folder, without credentials and query.
+        directory: absolute path of the directory of its ``config.json``. For a URL, a temporary folder with a copy of
+            it, which is removed with the checkpoint.
         files: absolute paths of the files that the index names, sorted by name, or of the single file. URLs if some
-            files of a repository are not on this machine.
+            files of a repository are not on this machine, or if a URL was opened.
         names: name of each tensor.
         dtypes: safetensors dtype code of each tensor, a key of ``dtypes.BITS``.
         shapes: shape of each tensor as torch reports it. torch counts F4 values in pairs, so the last dimension of an
@@ -120,7 +125,8 @@ def open_checkpoint(path: str | os.PathLike[str], *, revision: str | None = None
         path: a directory, an index file or one ``.safetensors`` file. If no such path exists, ``org/name`` on the Hub.
             In a directory an index takes precedence over a single file, and files that it does not name are not opened.
             If the cache holds only a part of a repository, the config and the index are downloaded and the headers are
-            read by range requests.
+            read by range requests. Or a URL of a folder, an index or a file that fsspec reads, such as ``s3://``,
+            ``gs://`` or ``https://``; the headers are read by range requests.
         revision: branch, tag or commit of a repository. None: its default branch.
 
     Returns:
@@ -143,26 +149,34 @@ def open_checkpoint(path: str | os.PathLike[str], *, revision: str | None = None
     location = _locate(os.fsdecode(path), revision)
     if isinstance(location, str):
         return _open(choose_files(location))
+    if isinstance(location, RemoteFolder):
+        return _open_by_range(location)
     chosen = choose_in_repository(location, names_in(location))
     return _open_remote(chosen, location) if absent_files(chosen) else _open(chosen)
 
 
 @door("opening a checkpoint")
 def open_downloaded(
-    path: str | os.PathLike[str], *, revision: str | None = None, companions: bool = False
+    path: str | os.PathLike[str], *, revision: str | None = None, companions: bool = False, by_range: bool = False
 ) -> Checkpoint:
     """Open a checkpoint to read its data; first download the files of a repository that the cache lacks.
 
     Args:
         path, revision: see ``open_checkpoint``.
         companions: whether to download the files that accompany the weights as well.
+        by_range: whether a URL is accepted, which is then read by range.
 
     Raises:
-        CheckpointError, UnsupportedError: see ``open_checkpoint``.
+        CheckpointError: see ``open_checkpoint``.
+        UnsupportedError: see ``open_checkpoint``; or the path is a URL and ``by_range`` is false.
     """
+    if not by_range:
+        refuse_url(path)
     location = _locate(os.fsdecode(path), revision)
     if isinstance(location, str):
         return _open(choose_files(location))
+    if isinstance(location, RemoteFolder):
+        return _open_by_range(location)
     names = names_in(location)
     chosen = choose_in_repository(location, names)
     download(location, [*chosen.shards, *(filter(is_companion, names) if companions else ())])
@@ -177,12 +191,16 @@ def rows_by_file(checkpoint: Checkpoint) -> list[list[int]]:
     return rows
 
 
-def _locate(path: str, revision: str | None) -> str | Repository:
-    """Return the absolute path if it exists, and the repository of that name otherwise."""
+def _locate(path: str, revision: str | None) -> str | RemoteFolder | Repository:
+    """Return the folder of a URL, the absolute path if it exists, or else the repository of that name."""
+    if is_url(path):
+        return find_folder(path)
     if system.exists(path):
         return os.path.abspath(path)
     if path.endswith((".safetensors", ".json", *ADVICE)) or not _REPOSITORY.fullmatch(path):
-        raise checkpoint_error("no such checkpoint", where=path, do="check the path")
+        raise checkpoint_error(
+            "no such checkpoint", where=path, do="check the path; a repository of the Hub is named org/name"
+        )
     return find_repository(path, revision)
 
 
@@ -208,6 +226,16 @@ def _open_remote(chosen: Chosen, repository: Repository) -> Checkpoint:
     return replace(_merge(chosen, sources, headers), is_remote=True)
 
 
+def _open_by_range(folder: RemoteFolder) -> Checkpoint:
+    """Return the checkpoint behind a URL, after reading the headers of all files at the same time."""
+    names, small = fetch_small_files(folder)
+    chosen = choose_behind_url(folder.url, folder.name, names, small.folder)
+    sources = tuple(folder.file(shard, small) for shard in chosen.shards)
+    with ThreadPoolExecutor(max_workers=min(_READERS, len(sources))) as pool:
+        headers = list(pool.map(read_header, sources))
+    return _merge(chosen, sources, headers)
+
+
 def _merge(chosen: Chosen, sources: tuple[ByteSource, ...], headers: list[Header]) -> Checkpoint:
     root, directory, shards, index = chosen
     names = _chain(header.names for header in headers)
@@ -222,7 +250,7 @@ def _merge(chosen: Chosen, sources: tuple[ByteSource, ...], headers: list[Header
         assigned = list(map(index.weight_map.get, names))
         holders = take(shards, file_ids)
         if assigned != holders or len(names) != len(index.weight_map):
-            _check_index(directory, names, holders, index.weight_map)
+            _check_index(root if is_url(root) else directory, names, holders, index.weight_map)
             keep = [row for row, holder in enumerate(holders) if assigned[row] == holder]
             dropped = [row for row, holder in enumerate(holders) if assigned[row] != holder]
             unindexed = tuple(sorted(((names[row], holders[row]) for row in dropped), key=lambda pair: pair[::-1]))

@@ -16,9 +16,9 @@ from automodel_conv.files.staging import STAGING_NAME
 
 # The index format sets no limit. 500,000 tensors need about 70 MB.
 MAX_INDEX_BYTES = 500_000_000
-_INDEX_NAME = DEFAULT_NAMING.index_name
-_SINGLE_NAME = DEFAULT_NAMING.file_name(1, 1)
-_INDEX_SUFFIX = ".safetensors.index.json"
+INDEX_NAME = DEFAULT_NAMING.index_name
+SINGLE_NAME = DEFAULT_NAMING.file_name(1, 1)
+INDEX_SUFFIX = ".safetensors.index.json"
 _SHARD = re.compile(r"-\d+-of-(\d+)\.safetensors\Z")
 ADVICE = {
     ".bin": "convert pickled weights: load them with transformers and call save_pretrained",
@@ -89,10 +89,27 @@ def choose_in_repository(repository: Repository, names: list[str]) -> Chosen:
     return chosen
 
 
-def _select_file(root: str, file: str) -> Chosen:
+def choose_behind_url(url: str, name: str, names: list[str], folder: str) -> Chosen:
+    """Return the files of the checkpoint behind a URL.
+
+    Args:
+        url: URL of its folder.
+        name: name of the index or of the single file; empty: it is chosen from ``names``.
+        names: names in the folder.
+        folder: path of the folder on this machine that holds the index and the config.
+
+    Raises:
+        CheckpointError, UnsupportedError: see ``choose_files``.
+    """
+    name = name or _choose(url, sorted(names))
+    return _select_file(url, f"{url}/{name}", os.path.join(folder, name))._replace(directory=folder)
+
+
+def _select_file(root: str, file: str, copy: str | None = None) -> Chosen:
+    """Return the files that an index names, or a single file; ``copy`` is the path of the index if it was copied."""
     directory = os.path.dirname(file)
     if file.endswith(".json"):
-        index = _read_index(file)
+        index = _read_index(file, copy or file)
         return Chosen(root, directory, sorted(set(index.weight_map.values())), index)
     _refuse_other_formats(file)
     return Chosen(root, directory, [os.path.basename(file)], None)
@@ -116,22 +133,22 @@ def refuse_absent(absent: list[str], chosen: Chosen, where: str) -> None:
 
 def _choose(directory: str, present: list[str]) -> str:
     """Return the name of the index or of the single file among the names in a directory."""
-    indices = [name for name in present if name.endswith(_INDEX_SUFFIX)]
-    if _INDEX_NAME in indices:
-        return _INDEX_NAME
+    indices = [name for name in present if name.endswith(INDEX_SUFFIX)]
+    if INDEX_NAME in indices:
+        return INDEX_NAME
     if len(indices) == 1:
         return indices[0]
     if indices:
         raise checkpoint_error(
             "more than one index",
             where=directory,
-            expected=f"{_INDEX_NAME}, or one index",
+            expected=f"{INDEX_NAME}, or one index",
             found="\n" + listing(indices),
             do="open one of them by its own path",
         )
     singles = [name for name in present if name.endswith(".safetensors")]
-    if _SINGLE_NAME in singles:
-        return _SINGLE_NAME
+    if SINGLE_NAME in singles:
+        return SINGLE_NAME
     if len(singles) == 1 and STAGING_NAME not in present:
         shard = _SHARD.search(singles[0])
         if shard is None or int(shard[1]) == 1:
@@ -140,7 +157,7 @@ def _choose(directory: str, present: list[str]) -> str:
         raise _unfinished(directory)
     if singles:
         raise checkpoint_error(
-            f"the index {_INDEX_NAME} is missing",
+            f"the index {INDEX_NAME} is missing",
             where=directory,
             expected="an index that names the files of the checkpoint",
             found="\n" + listing(singles),
@@ -159,8 +176,9 @@ def _choose(directory: str, present: list[str]) -> str:
     raise checkpoint_error(
         "no safetensors weights",
         where=directory,
-        expected=f"{_INDEX_NAME} or {_SINGLE_NAME}",
+        expected=f"{INDEX_NAME} or {SINGLE_NAME}",
         found="\n" + listing(present) if present else "an empty directory",
+        do="check the path: the files may be in a folder below it, or not downloaded yet",
     )
 
 
@@ -189,10 +207,10 @@ def _refuse_other_formats(file: str) -> None:
         )
 
 
-def _read_index(path: str) -> Index:
-    if not system.is_file(path):  # opening a pipe would block until its other end is opened
+def _read_index(path: str, copy: str) -> Index:
+    if not system.is_file(copy):  # opening a pipe would block until its other end is opened
         raise checkpoint_error("an index that is not a file", where=path, expected="a regular file")
-    data = with_open(path, lambda fd: read_limited(fd, path, MAX_INDEX_BYTES))
+    data = with_open(copy, lambda fd: read_limited(fd, copy, MAX_INDEX_BYTES))
     parsed = parse_object(data, path)
     weight_map, metadata = parsed.get("weight_map"), parsed.get("metadata")
     if type(weight_map) is not dict or not weight_map:
@@ -201,6 +219,7 @@ def _read_index(path: str) -> Index:
             where=path,
             expected="weight_map, an object from tensor names to file names",
             found=short(weight_map),
+            do="copy or download the index again",
         )
     checked: set[str] = set()
     for name, file in weight_map.items():

@@ -48,19 +48,29 @@ class _Direction(NamedTuple):
     error: type[ConversionError]
     fails: str
     """Text for an error of the system."""
+    do_if_fails: str
+    """Advice for an error of the system."""
     ends: str
     """Text for a call that transfers no bytes."""
-    do: str
+    do_if_ends: str
     """Advice for a call that transfers no bytes."""
 
 
 _READ = _Direction(
-    ReadError, "cannot read a file", "a file ends too early", "the file is truncated: copy or download it again"
+    ReadError,
+    "cannot read a file",
+    "try again; if that fails too, check the disk or the network file system, and copy or download the file again",
+    "a file ends too early",
+    "the file is truncated: copy or download it again",
 )
 
 
 _WRITE = _Direction(
-    WriteError, "cannot write a file", "a file accepts no more bytes", "check the disk space and the quota"
+    WriteError,
+    "cannot write a file",
+    "check the disk space, the quota and the disk",
+    "a file accepts no more bytes",
+    "check the disk space and the quota",
 )
 
 
@@ -85,6 +95,7 @@ def _transfer(
                     where=f"{path}, byte {offset + done}",
                     expected=f"{total} bytes from byte {offset}",
                     found=f"{done} bytes, then: {error}",
+                    do=direction.do_if_fails,
                 )
             ) from error
         if count == 0:
@@ -94,7 +105,7 @@ def _transfer(
                     where=f"{path}, byte {offset + done}",
                     expected=f"{total} bytes from byte {offset}",
                     found=f"{done} bytes",
-                    do=direction.do,
+                    do=direction.do_if_ends,
                 )
             )
         done += count

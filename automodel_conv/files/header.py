@@ -25,6 +25,7 @@ from automodel_conv.files.source import ByteSource, OpenSource
 
 # Source: MAX_HEADER_SIZE in safetensors/src/tensor.rs.
 MAX_HEADER_BYTES = 100_000_000
+_AGAIN = "the file is damaged: copy or download it again"
 # Matching a rule's pattern may take time quadratic in the length of a name. The longest name of a model has about 150.
 LONGEST_NAME = 1024
 
@@ -119,6 +120,7 @@ def _read_header_bytes(path: str, file_bytes: int, file: OpenSource) -> bytearra
             where=path,
             expected="{",
             found=bytes(data[:16]),
+            do=_AGAIN,
         )
     return data
 
@@ -193,7 +195,7 @@ def malformed_json(data: bytes | bytearray, path: str, expected: str, error: Exc
     """Return the error for a file that is not valid JSON, which names the actual format of the file if it is known."""
     other = lookalike(bytes(data[:SNIFFED_BYTES]))
     if other is None or data.lstrip()[:1] in (b"{", b"["):
-        return checkpoint_error("malformed JSON", where=path, expected=expected, found=error)
+        return checkpoint_error("malformed JSON", where=path, expected=expected, found=error, do=_AGAIN)
     return checkpoint_error("malformed JSON", where=path, expected=expected, found=other.what, do=other.do)
 
 

@@ -12,6 +12,8 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
+from types import ModuleType
 from typing import NamedTuple
 
 from automodel_conv.files import system
@@ -71,13 +73,12 @@ def names_in(repository: Repository) -> list[str]:
     if cached is not None:
         return cached
     with _hub_errors("the files of a repository cannot be listed", repository.name):
-        import httpx
         from huggingface_hub import HfApi
         from huggingface_hub.errors import OfflineModeIsEnabled
 
         try:
             return HfApi().list_repo_files(repository.name, revision=repository.commit)
-        except (httpx.TransportError, OfflineModeIsEnabled):
+        except (_http_client().TransportError, OfflineModeIsEnabled):
             return list(_files_below(repository.folder, ""))
 
 
@@ -154,7 +155,6 @@ class _OpenHubFile(NamedTuple):
 def _fetch(url: str, offset: int, nbytes: int) -> tuple[bytearray, int]:
     """Return bytes of a remote file, fewer only at its end, and the size of the file."""
     with _hub_errors("a remote file cannot be read", url):
-        import httpx
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
         requested = {"Range": f"bytes={offset}-{offset + nbytes - 1}", "Accept-Encoding": "identity"}
@@ -166,7 +166,7 @@ def _fetch(url: str, offset: int, nbytes: int) -> tuple[bytearray, int]:
             if not size.isdecimal() or (response.status_code == 206) != bool(ranged):
                 raise ValueError(f"the response does not state the size of the file: {dict(response.headers)}")
             skipped = 0 if ranged else offset  # a server without range support sends the whole file
-            with suppress(httpx.TransportError):  # the check below reports missing bytes
+            with suppress(_http_client().TransportError):  # the check below reports missing bytes
                 for part in response.iter_raw():
                     data += part
                     if len(data) >= skipped + nbytes:
@@ -181,8 +181,9 @@ def _fetch(url: str, offset: int, nbytes: int) -> tuple[bytearray, int]:
 def _hub_errors(what: str, where: str) -> Iterator[None]:
     """Raise errors of the Hub and of the network as CheckpointError."""
     try:
-        import httpx
         import huggingface_hub  # noqa: F401
+
+        client = _http_client()
     except ImportError as error:
         raise checkpoint_error(
             "no such directory, and huggingface_hub is not installed to download it",
@@ -191,13 +192,34 @@ def _hub_errors(what: str, where: str) -> Iterator[None]:
         ) from error
     try:
         yield
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    except (OSError, ValueError, client.HTTPError) as error:
         raise checkpoint_error(
             what,
             where=where,
             found=f"{type(error).__name__}: {error}",
-            do="check the path, the network and the access rights",
+            do=_advice(error),
         ) from error
+
+
+def _advice(error: Exception) -> str:
+    """Return advice for an error of the Hub or of the network."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return "accept the conditions on the page of the repository, and log in with: hf auth login"
+    if isinstance(error, RevisionNotFoundError):
+        return "check the revision"
+    if isinstance(error, RepositoryNotFoundError):
+        return "check the path or the name; if the repository is private, log in with: hf auth login"
+    return "check the path, the network and HF_HUB_OFFLINE; without a network, pass the path of a folder with the files"
+
+
+def _http_client() -> ModuleType:
+    """Return the package that sends the requests of huggingface_hub: httpx2 from version 2.0 on, httpx before."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    [error] = [base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError"]
+    return import_module(error.__module__.partition(".")[0])
 
 
 def _cached_list(repository: Repository) -> list[str] | None:

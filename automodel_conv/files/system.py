@@ -16,6 +16,7 @@ import io
 import os
 import shutil
 import sys
+import tempfile
 import threading
 import time
 from contextlib import suppress
@@ -348,6 +349,11 @@ def sync_directory(path: str) -> None:
 def make_directory(path: str) -> None:
     """Create a directory and its parents unless they exist."""
     os.makedirs(path, exist_ok=True)
+
+
+def make_temporary_directory(prefix: str) -> str:
+    """Create a new folder in the system's directory for temporary files, and return its path."""
+    return tempfile.mkdtemp(prefix=prefix)
 
 
 def rename(path: str, new: str) -> None:

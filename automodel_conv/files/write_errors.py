@@ -29,3 +29,23 @@ def write_errors(path: str, what: str = "to a directory", expected: str | None =
                 do="check the disk space, the quota and the permissions",
             )
         ) from error
+
+
+def no_room_error(directory: str, nbytes: int, files: int, free_bytes: int) -> WriteError:
+    """Return the error for a disk with too little room.
+
+    Args:
+        directory: path of the directory to write to.
+        nbytes: bytes that will be written.
+        files: number of files that will be written.
+        free_bytes: free bytes of the disk.
+    """
+    return WriteError(
+        message(
+            "the disk has too little room",
+            where=directory,
+            expected=f"{nbytes} bytes for {files} files",
+            found=f"{free_bytes} bytes",
+            do="remove other files, or choose a directory on another disk",
+        )
+    )

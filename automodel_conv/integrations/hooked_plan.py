@@ -73,7 +73,7 @@ def plan_load(
     try:
         checkpoint = checkpoint_of(slices)
     except CheckpointError as error:  # transformers may be able to read it
-        return None, {ALL: str(error)}
+        return None, {ALL: error.reason()}
     parameters = _parameters_of(model, load_config, tp_plan)
     sources = SourceTable.from_checkpoint(checkpoint)
     if plain.config is not None:

@@ -58,7 +58,8 @@ def install() -> None:
     try:
         original = importlib.import_module(f"{_PACKAGE}.{_MODULE}")
     except ImportError as error:
-        raise UnsupportedError(message("nemo_automodel cannot be imported", found=error)) from error
+        text = "nemo_automodel cannot be imported"
+        raise UnsupportedError(message(text, found=error, do="pip install nemo-automodel")) from error
     _exchange(original, conversion_mapping)
     _replaced.append(original)
 
@@ -151,7 +152,8 @@ class StateDictAdapter:
             text = f"{codes} has the form of quantized codes, which are not decoded in memory"
             raise UnsupportedError(message(text, do="load_state_dict(path, layout='nemo') decodes while it reads"))
         if device_mesh is not None:
-            raise UnsupportedError(message("experts cannot be sharded here yet", do="leave device_mesh out"))
+            text = "this adapter does not divide experts among ranks"
+            raise UnsupportedError(message(text, do="leave device_mesh out; load_model() fills DTensors"))
         converted = convert_state_dict(hf_state_dict, rules=self._rules, layout=self._layout)
         return _renamed(converted, self._renames)
 

@@ -11,9 +11,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from heapq import nlargest
+from itertools import takewhile
+from operator import eq
 
 from automodel_conv.dtypes import DECODED
-from automodel_conv.errors import UnknownTarget, UnsupportedError, message
+from automodel_conv.errors import UnknownTarget, UnsupportedError, listing, message
 from automodel_conv.planning.composition import chained, inverted, table_of
 from automodel_conv.planning.copies import SourceTable, Target
 from automodel_conv.planning.plan_json import fields_of, text_of
@@ -64,6 +67,11 @@ class CopyPlan:
     layout: str | None = None
     source_layout: str | None = None
 
+    def __repr__(self) -> str:
+        """Return the size of the plan, because its fields have tens of thousands of entries."""
+        size = f"{len(self.targets)} targets from {len(self.used_sources)} sources, {self.bytes_written} bytes"
+        return f"<{type(self).__name__}: {size}; summary() and explain(name) show more>"
+
     def target(self, name: str) -> Target:
         """Return the target with this name.
 
@@ -84,13 +92,12 @@ class CopyPlan:
         """
         row = self._rows.get(name)
         if row is None:
-            ending = name.rsplit(".", 2)[-1]
-            near = [t.name for t in self.targets if t.name.endswith(ending)][:5]
+            similar = nlargest(5, self._rows, key=lambda target: _common_ends(target, name))
             raise UnknownTarget(
                 message(
                     f"no target {name!r} in this plan",
-                    found=f"targets with that ending: {near}",
-                    do="if the name is tied to another, ask for the other name",
+                    found="similar names\n" + listing(similar) if similar else "a plan without targets",
+                    do="ask for a name of the model, not of the checkpoint; if two names are tied, ask for the other",
                 )
             )
         return self.targets[row]
@@ -285,6 +292,7 @@ class CopyPlan:
             automodel_conv.errors.CoverageError: weight would be left partly unwritten
               expected: 28 elements, shape [4, 7]
               found:    24 elements from 1 sources
+              help:     https://automodel-conv.github.io/automodel_conv/errors/#coverageerror
         """
         self._check_decoded()
         prove(self.targets, self.sources)
@@ -486,3 +494,8 @@ def plan_of_parts(plan: CopyPlan, parts: Iterable[Part]) -> CopyPlan:
         UnsupportedError: a part is less than all of a target that transformers' own code fills, or would be cast twice.
     """
     return plan.then(CopyPlan(table_of(plan.targets), tuple(parts_of(plan.targets, parts))))
+
+
+def _common_ends(first: str, second: str) -> int:
+    """Return the number of characters that two names have in common, at their beginning and at their end."""
+    return sum(sum(takewhile(bool, map(eq, *names))) for names in ((first, second), (first[::-1], second[::-1])))

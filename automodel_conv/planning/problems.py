@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from automodel_conv.errors import Message, NameProblems, listing
+from automodel_conv.errors import Advice, Message, NameProblems, listing
 
 
 @dataclass
@@ -40,7 +40,9 @@ class Problems:
             *(reason for _, reason in self.failed),
         ]
 
-    def raise_unless_fit(self, where: str, strict: bool = True, unindexed: Sequence[tuple[str, str]] = ()) -> None:
+    def raise_unless_fit(
+        self, where: str, strict: bool = True, unindexed: Sequence[tuple[str, str]] = (), do: Sequence[Advice] = ()
+    ) -> None:
         """Raise one error for all problems, if there are any.
 
         Args:
@@ -48,6 +50,7 @@ class Problems:
             strict: whether all problems count. Otherwise only targets that cannot be filled count, as in transformers.
             unindexed: name and file of each tensor that is in the checkpoint's files and not in its index. The missing
                 tensors may be among them.
+            do: further advice.
 
         Raises:
             NameProblems: there is a problem; the message lists all problems.
@@ -74,11 +77,13 @@ class Problems:
         ]
         sections = [f"  {title} ({len(items)}):\n{listing(items)}" for title, items in parts if items]
         if sections:
-            do = ["check that config and checkpoint belong together"]
+            advice: list[Advice] = ["check that config and checkpoint belong together", *do]
+            if unindexed and (self.missing or self.incomplete):
+                advice.append("download the index and the files again: they may be of different versions")
             if not failed:
-                do.append("{strict=False} loads what fits, as transformers does")
+                advice.append("{strict=False} loads what fits, as transformers does")
             raise NameProblems(
-                Message("\n".join([f"checkpoint and model do not fit together: {where}", *sections]), do),
+                Message("\n".join([f"checkpoint and model do not fit together: {where}", *sections]), advice),
                 missing=self.missing,
                 unexpected=self.unexpected,
                 mismatched=self.mismatched,

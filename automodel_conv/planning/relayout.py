@@ -222,6 +222,7 @@ def _cannot_combine(names: Sequence[str], table: SourceTable, rows: Mapping[str,
         message(
             "gate and up of experts cannot be stored in one buffer",
             expected=f"{' and '.join(names)}, of one dtype",
-            found=[f"{name}: {table.dtypes[rows[name]] if name in rows else 'missing'}" for name in names],
+            found=", ".join(f"{name}: {table.dtypes[rows[name]] if name in rows else 'missing'}" for name in names),
+            do="check that the source has both, in one dtype",
         )
     )

@@ -52,7 +52,8 @@ def refuse_other_layouts(problems: Problems, plan: CopyPlan, rules: Rules, model
             raise _refused(name, do, f"{list(expected)}, as the model has it", list(shape))
     foreign = [name for name in problems.unexpected if layout_from_name(name) is not None]
     if foreign and any(".experts." in name for name in problems.missing):  # else no expert of the model is missing
-        raise _refused(foreign[0], [_advice("source_layout")], "names that the model has", f"{len(foreign)} such names")
+        found = f"{len(foreign)} tensors with names of another layout"
+        raise _refused(foreign[0], [_advice("source_layout")], "names of experts that the model has", found)
     patterns = [pattern for row in range(len(rules.converters)) for pattern in rules.patterns(row)[1]]
     produced = {pattern.rpartition(".")[2] for pattern in patterns}
     for path, weights in _by_module({t.name: t.shape for t in plan.targets if t.rule < 0}).items():

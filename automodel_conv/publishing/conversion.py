@@ -25,6 +25,7 @@ from automodel_conv.errors import (
 )
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.files.config import quantization
+from automodel_conv.files.remote import refuse_url
 from automodel_conv.files.shards import Naming, Shard, divide, parse_size
 from automodel_conv.planning.code_names import has_codes
 from automodel_conv.planning.copies import SourceTable
@@ -83,6 +84,8 @@ def compile_conversion(
     checked_dtype(dtype)
     if layout not in (None, PER_EXPERT):
         get_layout(layout, PER_EXPERT)
+    if not isinstance(source, Checkpoint):
+        refuse_url(source)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     most_bytes = parse_size(max_shard_size)
     rules = None if rules is None else list(rules)

@@ -77,7 +77,9 @@ def specs_of(targets: Iterable[Target]) -> list[Spec]:
         dtype_of(target.dtype, target.name)
         specs.append(Spec(target.name, target.dtype, target.shape))
     if not specs:
-        raise UnsupportedError(message("there are no tensors to write"))
+        raise UnsupportedError(
+            message("there are no tensors to write", do="pass a model or a state dict that has tensors")
+        )
     return specs
 
 

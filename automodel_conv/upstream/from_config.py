@@ -65,8 +65,8 @@ def meta_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> nn.Module:
         raise UnsupportedError(
             message(
                 "the checkpoint has no config.json to build a model from",
-                where=directory,
-                do=["put the model's config.json there", *_OTHERWISE],
+                where=checkpoint.path,
+                do=["put the model's config.json next to the weights", *_OTHERWISE],
             )
         )
     from transformers import AutoConfig, initialization

@@ -18,6 +18,8 @@ from automodel_conv.planning.layouts import ExpertLayout
 from automodel_conv.planning.wanted import TargetSpec
 from automodel_conv.upstream.registry import is_pretrained_model
 
+_CAST = "cast it to a dtype of safetensors first, or leave it out"
+
 
 def state_table(state_dict: Mapping[str, Tensor]) -> SourceTable:
     """Return the names, dtypes and shapes of tensors in memory as a source table.
@@ -33,7 +35,9 @@ def state_table(state_dict: Mapping[str, Tensor]) -> SourceTable:
             )
         code = dtype_code(tensor.dtype)
         if code is None:
-            raise UnsupportedError(message(f"{name} has a dtype that is not converted", found=tensor.dtype))
+            raise UnsupportedError(
+                message(f"{name} has a dtype that checkpoints cannot hold", found=tensor.dtype, do=_CAST)
+            )
         codes.append(code)
     return SourceTable(list(state_dict), codes, [tuple(tensor.shape) for tensor in state_dict.values()])
 
@@ -59,7 +63,8 @@ def model_targets(model: nn.Module, dtype: torch.dtype | None = None) -> dict[st
             continue  # extra state of a module
         code = dtype_code(tensor.dtype)
         if code is None:
-            raise UnsupportedError(message(f"{name} has a dtype that checkpoints cannot hold", found=tensor.dtype))
+            text = f"{name} has a dtype that checkpoints cannot hold"
+            raise UnsupportedError(message(text, found=tensor.dtype, do=_CAST))
         is_new = dtype is not None or tensor.is_meta
         if is_new:
             wanted = kept(name) or (dtype if code in FLOATING else None)

@@ -1,7 +1,7 @@
 """Test and measure one GPU, in one command of a few minutes that continues after any failure.
 
     python -m benchmarks.gpu OUT [--minutes 6] [--stage NAME ...] [--resume] [--commit NAME] [--layers N]
-    python -m benchmarks.gpu --table FILE     (prints the README's tables from a gpu.json)
+    python -m benchmarks.gpu --table FILE     (prints the tables of a gpu.json for docs/performance.md)
     python -m benchmarks.gpu OUT --smoke      (all of it, tiny, on the CPU, in Triton's interpreter)
 
 The stages are the choices of --stage, in that order, after the environment. A stage consists of cells, each of which is

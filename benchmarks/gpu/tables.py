@@ -1,4 +1,4 @@
-"""The tables of the README from a record, and the report of failures, cells that were left out, and times."""
+"""The tables of a record for docs/performance.md, and the report of failures, cells that were left out, and times."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
     python -m benchmarks.peers [--layers N] [--size full|small] [--repetitions N] [--threads N] [--method NAME ...]
                                [--memory ready|as-found ...] [--cache warm|cold ...] [--layout LAYOUT ...]
                                [--machine NAME ...] [--directory DIR] [--json FILE]
-    python -m benchmarks.peers --from FILE ... [--plot DIR]    the README's tables from such JSON, and the plot
+    python -m benchmarks.peers --from FILE ... [--plot]        the tables of docs/ from such JSON, and the plot
 
 The results are seconds, memory, page faults and bytes. The checkpoint has N layers with the experts of Qwen3-30B-A3B
 (128 experts, hidden 2048, intermediate 768; 2 layers are 2.4 GB), random values in bfloat16, a tensor per expert and
@@ -176,7 +176,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--from", dest="sources", nargs="+", metavar="FILE", help="print the tables of result files in Markdown"
     )
-    parser.add_argument("--plot", metavar="DIR", help="with --from: also draw both states of free memory there")
+    parser.add_argument("--plot", action="store_true", help="with --from: also draw both states of free memory")
+    parser.add_argument("--pictures", type=Path, default=measure.PICTURES, help="directory for the plot")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--repetition", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -188,7 +189,7 @@ def main(arguments: list[str] | None = None) -> None:
         results = [measure.read_json(source) for source in options.sources]
         sys.stdout.write("\n".join(tables.markdown(result) for result in results))
         if options.plot:
-            _draw(results, options.plot)
+            _draw(results, options.pictures)
         return
     small = options.size == "small"
     machines = options.machine or [QUIET]
@@ -214,11 +215,11 @@ def main(arguments: list[str] | None = None) -> None:
     measure.write_json(options.json, result)
 
 
-def _draw(results: Sequence[Mapping[str, Any]], folder: str) -> None:
+def _draw(results: Sequence[Mapping[str, Any]], folder: Path) -> None:
     overlay.use()
     from benchmarks.peers.plots import draw_memory
 
-    for path in draw_memory(results, Path(folder)):
+    for path in draw_memory(results, folder):
         show(str(path), err=True)
 
 

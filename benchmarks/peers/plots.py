@@ -1,4 +1,7 @@
-"""Plots, light and dark: sweeps, and loads in both states of free memory; medians, 20th to 80th percentiles."""
+"""Plots, light and dark: sweeps, and loads in both states of free memory; medians, 20th to 80th percentiles.
+
+Their backgrounds are transparent.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,10 @@ from benchmarks.peers.roofs import LOADS
 matplotlib.use("svg")
 from matplotlib import pyplot, ticker
 
-THEMES = {"light": ("#ffffff", "#24292f", "#d0d7de"), "dark": ("#0d1117", "#e6edf3", "#30363d")}
-"""Background, ink and lines, as on GitHub's pages."""
+matplotlib.rcParams["svg.hashsalt"] = "automodel_conv"  # the same data draw the same bytes
+
+THEMES = {"light": ("#24292f", "#d0d7de"), "dark": ("#e6edf3", "#4a525c")}
+"""Ink and lines, readable on the pages of GitHub and of the documentation."""
 
 # Okabe and Ito's colors, which color-blind readers can distinguish; ours is the most prominent.
 _STYLES = {
@@ -38,9 +43,8 @@ def draw(path: Path, title: str, folder: Path) -> list[Path]:
     with path.open(newline="", encoding="utf-8") as file:
         lines = [line for line in csv.DictReader(file) if line["seconds"]]
     drawn = []
-    for theme, (back, ink, grid) in THEMES.items():
-        figure, axes = pyplot.subplots(figsize=(6.4, 4.0), facecolor=back, layout="constrained")
-        axes.set_facecolor(back)
+    for theme, (ink, grid) in THEMES.items():
+        figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
         for method in dict.fromkeys(line["method"] for line in lines):
             of_method = [line for line in lines if line["method"] == method]
             xs = sorted({int(line["x"]) for line in of_method})
@@ -61,7 +65,7 @@ def draw(path: Path, title: str, folder: Path) -> list[Path]:
         axes.set_ylabel("seconds", color=ink)
         _coloured(axes, ink, grid)
         figure.legend(loc="outside upper center", ncols=2, frameon=False, labelcolor=ink, fontsize=8)
-        drawn.append(_saved(figure, folder / f"{path.stem}-{theme}.svg", back))
+        drawn.append(_saved(figure, folder / f"{path.stem}-{theme}.svg"))
     return drawn
 
 
@@ -93,18 +97,16 @@ def draw_memory(results: Sequence[Mapping[str, Any]], folder: Path) -> list[Path
     lines = [method for method in METHODS if method in titles]
     panels = [state for state in memory.MEMORY if any(of == state for of, _ in spreads)]
     drawn = []
-    for theme, (back, ink, grid) in THEMES.items():
+    for theme, (ink, grid) in THEMES.items():
         figure, axes_grid = pyplot.subplots(
             *(1, len(panels)),
             figsize=(9.6, 0.9 + 0.3 * len(lines)),
-            facecolor=back,
             layout="constrained",
             sharex=True,
             sharey=True,
             squeeze=False,
         )
         for state, axes in zip(panels, axes_grid[0], strict=True):
-            axes.set_facecolor(back)
             for place, method in enumerate(reversed(lines)):
                 if spread := spreads.get((state, method)):
                     colour, marker = _STYLES.get(method, _OTHER)
@@ -123,7 +125,7 @@ def draw_memory(results: Sequence[Mapping[str, Any]], folder: Path) -> list[Path
         for axes in axes_grid[0]:
             axes.set_xlim(*_ticked(axes.xaxis, low, high))
         figure.legend(loc="outside upper right", ncols=2, frameon=False, labelcolor=ink, fontsize=8)
-        drawn.append(_saved(figure, folder / f"memory-{theme}.svg", back))
+        drawn.append(_saved(figure, folder / f"memory-{theme}.svg"))
     return drawn
 
 
@@ -146,8 +148,8 @@ def _coloured(axes: Any, ink: str, grid: str) -> None:
         spine.set_color(grid)
 
 
-def _saved(figure: Any, path: Path, back: str) -> Path:
-    figure.savefig(path, facecolor=back, metadata={"Date": None})
+def _saved(figure: Any, path: Path) -> Path:
+    figure.savefig(path, transparent=True, metadata={"Date": None})
     pyplot.close(figure)
     return path
 

@@ -1,8 +1,8 @@
 """The growth of a load's seconds with tensors, their size, experts, threads and files, one at a time.
 
     python -m benchmarks.peers.sweep [--axis NAME ...] [--repetitions N] [--size full|small] [--directory DIR]
-                                     [--results DIR]
-    python -m benchmarks.peers.sweep --plot DIR         the plots again, from the CSV files there
+                                     [--results DIR] [--pictures DIR]
+    python -m benchmarks.peers.sweep --plot             the plots again, from the CSV files
 
 The conditions are those of ``python -m benchmarks.peers``: warm page cache, ``[E, 2I, H]``. A process loads all points
 of an axis with one method, one after the other, each after a tiny checkpoint. A point is left out if the one before
@@ -174,23 +174,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--size", choices=("full", "small"), default="full")
     parser.add_argument("--directory", help="parent of the temporary directory; it needs 3 GB")
-    parser.add_argument(
-        "--results", default=str(measure.REPOSITORY / "benchmarks" / "results"), help="directory for the files"
-    )
-    parser.add_argument("--plot", metavar="DIR", help="draw the files of this directory; measure nothing")
+    parser.add_argument("--results", type=Path, default=measure.RESULTS, help="directory for the CSV files")
+    parser.add_argument("--pictures", type=Path, default=measure.PICTURES, help="directory for the plots")
+    parser.add_argument("--plot", action="store_true", help="draw the CSV files of --results; measure nothing")
     options = parser.parse_args(arguments)
     overlay.use()
     from benchmarks.peers.plots import draw
 
-    results = Path(options.plot or options.results)
     if not options.plot:
         for axis in options.axis or AXES:
             smaller = 1 if options.size == "full" else 64
             lines = run(axis, options.method or COMPARED, options.repetitions, smaller, options.directory)
-            write(lines, results / f"sweep-{axis}.csv")
+            write(lines, options.results / f"sweep-{axis}.csv")
     for axis in options.axis or AXES:
-        if (results / f"sweep-{axis}.csv").exists():
-            for path in draw(results / f"sweep-{axis}.csv", AXES[axis].title, results):
+        if (options.results / f"sweep-{axis}.csv").exists():
+            for path in draw(options.results / f"sweep-{axis}.csv", AXES[axis].title, options.pictures):
                 show(str(path))
 
 

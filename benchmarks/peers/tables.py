@@ -1,4 +1,4 @@
-"""The measurements as tables: for the terminal, and in Markdown for the README."""
+"""The measurements as tables: for the terminal, and in Markdown for the pages of docs/."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from benchmarks.peers.machines import MACHINES, QUIET
 from benchmarks.peers.roofs import LOADS
 
 _TITLES = (
-    *("seconds", "s of reading", "GB/s", "ours is", "of the roof", "s of CPU", "allocated", "resident", "page faults"),
-    "bytes read",
+    *("seconds", "s of reading", "GB/s", "times ours", "of the roof", "s of CPU", "allocated", "resident"),
+    *("page faults", "bytes read"),
 )
+_ON_PAGES = ("seconds", "times ours", "of the roof", "allocated", "resident")
+"""The columns that pages show. The terminal and the data have all of them."""
 Row = Mapping[str, Any]
 
 
@@ -57,8 +59,8 @@ def _cells(row: Row, result: Mapping[str, Any]) -> list[str]:
         read = _median(row, "disk_bytes")
     reading = [run["read_seconds"] for run in row["runs"] if run.get("read_seconds") is not None]
     return [
-        measure.spread([run["seconds"] for run in row["runs"]]).text(),
-        measure.spread(reading).text() if reading else "",
+        _spread_text([run["seconds"] for run in row["runs"]]),
+        _spread_text(reading) if reading else "",
         f"{nbytes / 1e9 / seconds:.2f}",
         f"{seconds / ours[0]:.2f}x" if ours else "",
         f"{min(roofs) / seconds:.2f}" if roofs else "",
@@ -70,9 +72,14 @@ def _cells(row: Row, result: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _spread_text(seconds: Sequence[float]) -> str:
+    """Return the median and the percentiles of several runs, or the seconds of a single one."""
+    return measure.spread(seconds).text() if len(seconds) > 1 else f"{seconds[0]:.2f}"
+
+
 def _heading(rows: Sequence[Row]) -> str:
     row = rows[-1]
-    what = f"to {row['layout']}" if row["layout"] else "roofs"
+    what = f"to `{row['layout']}`" if row["layout"] else "roofs"
     where = f"{what}, {row['cache']} page cache, {memory.MEMORY[row['memory']]}"
     return where if row["machine"] == QUIET else f"{where}, {MACHINES[row['machine']].title}{_free(rows)}"
 
@@ -104,17 +111,20 @@ def terminal(result: Mapping[str, Any]) -> Iterator[Table | str]:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    lines = [measure.about(result["environment"]), ""]
-    lines += [f"| | {' | '.join(_TITLES)} |", "|---" * (len(_TITLES) + 1) + "|"]
+    """Return a table with a heading for each group of rows, with the columns that pages show."""
+    paragraphs = [measure.about(result["environment"])]
     for rows in groups(result):
-        lines.append(f"| *{_heading(rows)}* |" + " |" * len(_TITLES))
+        lines = [f"| | {' | '.join(_ON_PAGES)} |", "|---" * (len(_ON_PAGES) + 1) + "|"]
         for row in rows:
-            cells = [_called(row), *_cells(row, result)]
+            by_title = dict(zip(_TITLES, _cells(row, result), strict=True))
+            cells = [_called(row), *(by_title[title] for title in _ON_PAGES)]
             if row["method"] == "ours":
                 cells = [f"**{cell}**" if cell else cell for cell in cells]
             lines.append(f"| {' | '.join(cells)} |")
-    lines += [f"| *{line}* |" + " |" * len(_TITLES) for line in _not_made(result)]
-    return "\n".join(lines) + "\n"
+        heading = _heading(rows)
+        paragraphs += [f"**{heading[0].upper()}{heading[1:]}**", "\n".join(lines)]
+    paragraphs += [f"*{line}*" for line in _not_made(result)]
+    return "\n\n".join(paragraphs) + "\n"
 
 
 def _called(row: Mapping[str, Any]) -> str:

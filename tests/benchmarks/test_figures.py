@@ -1,4 +1,4 @@
-"""Tests of the tables in README and docs: they equal the tables of the committed data."""
+"""Tests of the tables in docs: they equal the tables of the committed data; links lead to files."""
 
 import re
 
@@ -10,15 +10,15 @@ from benchmarks.peers import tables
 
 pytestmark = pytest.mark.skipif(not transformers_available(), reason="benchmarks build transformers models")
 
-_LINK = re.compile(r"(?:\]\(|src=\"|srcset=\")([^)\" ]+)")
-RESULTS = measure.REPOSITORY / "benchmarks" / "results"
+_LINK = re.compile(r"(?:\]\(|src=\"|srcset=\"|^\[[^]]+\]: )([^)\" \n]+)", re.MULTILINE)
+_REPOSITORY = re.compile("https://github.com/automodel-conv/automodel_conv/(?:blob|tree)/main/")
 
 
 @pytest.mark.parametrize(
     ("page", "make", "data"),
     [
-        ("README.md", tables.markdown, "peers-2-cores.json"),
-        ("README.md", tables.markdown, "peers-as-found-2-cores.json"),
+        ("docs/comparison.md", tables.markdown, "peers-2-cores.json"),
+        ("docs/performance.md", tables.markdown, "peers-as-found-2-cores.json"),
         ("docs/performance.md", tables.markdown, "machines-2-cores.json"),
         ("docs/performance.md", tables.markdown, "peers-cold-2-cores.json"),
         ("docs/performance.md", choices.markdown, "choices-concatenated-2-cores.json"),
@@ -28,15 +28,25 @@ RESULTS = measure.REPOSITORY / "benchmarks" / "results"
     ],
 )
 def test_table_equals_its_data(page, make, data):
-    table = make(measure.read_json(str(RESULTS / data)))
+    table = make(measure.read_json(str(measure.RESULTS / data)))
     assert table.strip() in (measure.REPOSITORY / page).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/performance.md", "docs/reliability.md"])
+@pytest.mark.parametrize(
+    "page",
+    ["README.md", "docs/comparison.md", "docs/how-it-works.md", "docs/performance.md", "docs/reliability.md"],
+)
 def test_files_linked_from_a_page_exist(page):
     path = measure.REPOSITORY / page
-    text = path.read_text(encoding="utf-8")
-    links = [link.split("#")[0] for link in _LINK.findall(text)]
-    assert links
-    for link in links:
-        assert "://" in link or not link or (path.parent / link).exists(), link
+    links = _LINK.findall(path.read_text(encoding="utf-8"))
+    files = [file for link in links if (file := _file_of(link.split("#")[0], path.parent))]
+    assert files
+    for file in files:
+        assert file.exists(), file
+
+
+def _file_of(link, folder):
+    """Return the file of the repository that a link leads to; None for other sites and for places of the same page."""
+    if _REPOSITORY.match(link):
+        return measure.REPOSITORY / _REPOSITORY.sub("", link)
+    return folder / link if link and "://" not in link else None

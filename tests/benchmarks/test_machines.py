@@ -137,7 +137,7 @@ def test_impossible_state_is_in_the_result_with_its_reason(tmp_path, monkeypatch
     )
     assert result["not_made"] == {"overlayfs": "no rights\nat all"}
     text = tables.markdown({"environment": measure.environment(), **result})
-    assert "| *files on overlayfs: cannot be set up here (no rights at all)* |" in text
+    assert "\n*files on overlayfs: cannot be set up here (no rights at all)*\n" in text
     assert os.listdir(tmp_path) == []
 
 

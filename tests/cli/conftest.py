@@ -7,14 +7,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from automodel_conv.cli import demo
+from automodel_conv.cli.demo import TINY
+from automodel_conv.cli.demo_process import write_checkpoint
 from automodel_conv.files import system
 
 
 @pytest.fixture(scope="module")
 def moe(tmp_path_factory):
     directory = tmp_path_factory.mktemp("moe")
-    demo.write_checkpoint(demo.TINY, str(directory))
+    write_checkpoint(TINY, str(directory))
     return directory
 
 

@@ -141,7 +141,7 @@ def test_options_of_convert_are_passed_on(plain, tmp_path, monkeypatch, option, 
         raise automodel_conv.UnsupportedError("seen")
 
     monkeypatch.setattr("automodel_conv.convert_checkpoint", convert)
-    assert run("convert", plain, tmp_path / "new", *option).stderr == "error: seen\n"
+    assert run("convert", plain, tmp_path / "new", *option).stderr.startswith("error: seen\n")
     assert seen[key] == wanted
 
 

@@ -1,14 +1,25 @@
-"""Tests of ``demo``: it compares both loads and reports a single bit that differs."""
+"""Tests of ``demo``: it compares both loads, reports one bit that differs, and prints nothing of other packages."""
+
+import os
 
 import pytest
-import torch
 
 from automodel_conv.cli import demo
 from automodel_conv.cli.app import show_demo
+from automodel_conv.errors import ConversionError, UnsupportedError
 from automodel_conv.upstream.registry import transformers_available
 from tests.cli.support import GATE_UP, run
 
 needs_transformers = pytest.mark.skipif(not transformers_available(), reason="builds a transformers model")
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """Return the code file that every new interpreter runs at its start."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")])))
+    return folder / "sitecustomize.py"
 
 
 @needs_transformers
@@ -17,31 +28,48 @@ def test_demo_compares_both_loads_and_removes_its_files(tmp_path, capsys, monkey
     assert show_demo(demo.TINY, str(tmp_path))
     shown = capsys.readouterr().out
     assert str(tmp_path) in shown
-    assert "yes" in shown
+    assert "│         all │" in shown
     assert list(tmp_path.iterdir()) == []
 
 
 @needs_transformers
-def test_demo_fails_and_names_a_tensor_that_differs_in_one_bit(tmp_path, monkeypatch, capsys):
-    def lying(method, directory, warm_up):
-        load = demo._measure(method, directory, warm_up)
-        if method == "automodel_conv":
-            load.digests[GATE_UP] = "0"
-        return load
+def test_demo_shows_its_progress_and_no_output_of_other_packages(tmp_path, site, capfd, monkeypatch):
+    site.write_text("import sys; print('from a package'); print('a warning', file=sys.stderr)")
+    monkeypatch.setattr(demo, "RUNS", 1)
+    lines = []
+    result = demo.run_demo(demo.TINY, str(tmp_path), lines.append)
+    assert [line.split()[0] for line in lines] == ["importing", "writing", "39", "loading", *demo.METHODS]
+    assert result.different == ()
+    assert capfd.readouterr() == ("", "")
 
-    monkeypatch.setattr(demo, "_in_new_process", lying)
+
+def test_output_of_a_step_that_fails_is_in_the_error(tmp_path, site):
+    site.write_text("import sys; print('a warning', file=sys.stderr); sys.modules['torch'] = None")
+    with pytest.raises(ConversionError, match=r"exit status 1(.|\n)*a warning(.|\n)*import of torch halted"):
+        demo.run_demo(demo.TINY, str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["site"]
+
+
+def test_demo_without_transformers_says_what_to_install(tmp_path, site):
+    site.write_text("import sys; sys.modules['transformers'] = None")
+    with pytest.raises(UnsupportedError, match=r"pip install 'automodel-conv\[transformers\]'"):
+        demo.run_demo(demo.TINY, str(tmp_path))
+
+
+@needs_transformers
+def test_demo_fails_and_names_a_tensor_that_differs_in_one_bit(monkeypatch, tmp_path):
+    events = demo._events
+
+    def lying(*arguments):
+        for event in events(*arguments):
+            if event.get("method") == "automodel_conv":
+                event["load"]["digests"][GATE_UP] = "0"
+            yield event
+
+    monkeypatch.setattr(demo, "_events", lying)
     monkeypatch.setattr(demo, "BIG", demo.TINY)
     result = run("demo", "--directory", tmp_path)
     assert result.exit_code == 1
     assert f"different: {GATE_UP}" in result.stderr
-    assert "yes" not in result.stdout
-
-
-@needs_transformers
-def test_digests_depend_on_every_bit_and_the_dtype():
-    tensor = torch.ones(4)
-    other = tensor.clone()
-    other[3] += 2**-20
-    same, bit, dtype = (demo.digests({"x": t})["x"] for t in (tensor.clone(), other, tensor.view(torch.int32)))
-    assert demo.digests({"x": tensor})["x"] == same
-    assert len({same, bit, dtype}) == 3
+    assert "│         all │" not in result.stdout
+    assert "│          no │" in result.stdout

@@ -21,7 +21,7 @@ def test_dry_run_fails_if_the_disk_is_too_full(plain, tmp_path, monkeypatch):
     result = run("convert", plain, tmp_path / "new", "--no-model", "--dry-run")
     assert result.exit_code == 1
     assert result.stderr.startswith("error: the disk has too little room\n")
-    assert "found:    100" in result.stderr
+    assert "found:    100 bytes\n  do:       remove other files, or choose a directory on another disk" in result.stderr
     assert "needs on the disk" in result.stdout
     # Space that an unfinished conversion uses is free for its completion, or for another conversion.
     (tmp_path / "new" / STAGING_NAME).mkdir(parents=True)

@@ -2,6 +2,7 @@
 
 import io
 import re
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -130,16 +131,16 @@ def test_empty_ranks_do_not_divide_by_zero_and_samples_are_marked():
 
 
 def demo(**loads):
-    return DemoResult("/tmp", 2, 4 * 10**9, 1.0, loads, ())
+    return DemoResult({name: "1.0" for name in loads}, 4 * 10**9, loads, ())
 
 
 def test_demo_shows_speed_and_exactness_of_each_way():
     load = DemoLoad(seconds=2.0, anonymous_bytes=10**9, resident_bytes=None, digests={})
     result = demo(transformers=load, ours=load)
-    assert rows(demo_table(result))["ours"] == ["2.00", "2.00", "1.00", "-", "yes"]
-    assert rows(demo_table(result))["transformers"][-1] == ""
-    different = DemoResult("/tmp", 2, 4 * 10**9, 1.0, result.loads, ("a",))
-    assert rows(demo_table(different))["ours"][-1] == "no"
+    assert rows(demo_table(result))["ours 1.0"] == ["2.00", "2.00", "1.00 GB", "-", "all"]
+    assert rows(demo_table(result))["transformers 1.0"][-1] == ""
+    different = replace(result, different=("a",))
+    assert rows(demo_table(different))["ours 1.0"][-1] == "no"
 
 
 def test_bench_shows_each_number_of_threads_with_its_roof():

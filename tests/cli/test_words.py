@@ -114,3 +114,12 @@ def test_any_other_exception_propagates(plain, monkeypatch):
 
     monkeypatch.setattr("automodel_conv.compile_plan", broken)
     assert isinstance(run("plan", plain).exception, ZeroDivisionError)
+
+
+def test_command_prints_the_entry_of_its_error_last_and_once(tmp_path):
+    result = run("load", tmp_path / "nothing")
+    assert result.stderr.startswith("error: no such checkpoint\n")
+    assert result.stderr.splitlines()[-1].endswith(
+        "https://automodel-conv.github.io/automodel_conv/errors/#checkpointerror"
+    )
+    assert result.stderr.count("help:") == 1

@@ -39,7 +39,7 @@ def load(case, device, **options):
     except (ReadError, DeviceFault, Stopped) as error:
         text = "".join([str(error), *getattr(error, "__notes__", ())])
         assert "filled:" in text
-        for name in (line.strip() for line in text.partition("filled:")[2].splitlines()[1:]):
+        for name in (line.strip() for line in text.partition("filled:")[2].splitlines()[1:] if line.startswith("    ")):
             assert_bytes_equal(buffers[name], case.expected[name])
         raise
     finally:

@@ -79,7 +79,7 @@ def test_error_of_the_copies_names_the_targets_that_are_complete(case):
 
     with pytest.raises(ReadError) as caught:
         run_load(load, 40, run, lambda: {0}, False, None)
-    assert str(caught.value).splitlines() == ["no disk", "  filled:   1 of 5 targets", "    b", "  do:       buy one"]
+    assert caught.value.args == ("no disk\n  filled:   1 of 5 targets\n    b\n  do:       buy one",)
 
 
 def test_error_of_a_call_names_all_copies(case):

@@ -86,7 +86,7 @@ def test_error_of_the_system_names_file_and_offset(fd, file, monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(system, "preadv", broken)
-    with pytest.raises(ReadError, match=r"(?s)data, byte 7.*Input/output error") as caught:
+    with pytest.raises(ReadError, match=r"(?s)data, byte 7.*Input/output error.*do: .*check the disk") as caught:
         read_exactly(fd, slots([4])[1], 7, file)
     assert isinstance(caught.value.__cause__, OSError)
 

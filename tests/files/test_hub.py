@@ -264,11 +264,30 @@ def test_private_repository_requires_the_token(repository, tmp_path, monkeypatch
         for token in ("hf_wrong", "hf_right"):
             monkeypatch.setenv("HF_TOKEN", token)
             if token == "hf_wrong":
-                with pytest.raises(CheckpointError, match=rf"(?s){NAME}.*GatedRepoError.*access rights"):
+                with pytest.raises(
+                    CheckpointError, match=rf"(?s){NAME}.*GatedRepoError.*accept the conditions.*log in"
+                ):
                     amc.open_checkpoint(NAME)
             else:
                 assert amc.open_checkpoint(NAME).is_remote
                 assert sorted(amc.load_state_dict(NAME, rules=[])) == sorted(TENSORS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        (
+            {"path": "org/absent"},
+            "check the path or the name; if the repository is private, log in with: hf auth login",
+        ),
+        ({"path": NAME, "revision": "v9"}, "check the revision"),
+    ],
+    ids=["repository", "revision"],
+)
+def test_advice_fits_what_the_hub_lacks(hub, arguments, advice):
+    with pytest.raises(CheckpointError) as caught:
+        amc.open_checkpoint(**arguments)
+    assert caught.value.args[0].endswith(f"\n  do:       {advice}")
 
 
 def test_missing_revision_is_named(hub):

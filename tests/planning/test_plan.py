@@ -1,9 +1,11 @@
 """Tests of plans: their reports, and what they prove, by execution one element at a time."""
 
+import re
 from dataclasses import replace
 
 import pytest
 
+from automodel_conv.errors import UnknownTarget
 from automodel_conv.planning.plan import CopyPlan
 from tests.planning.oracles import addressed, execute
 from tests.planning.plans import CHUNK, experts_plan, plan_of, table, targets_of, transposing_plan
@@ -41,6 +43,17 @@ def test_explain_of_an_unknown_target_suggests_names():
     plan = plan_of(table(a=(2,)), targets_of(table(a=(2,)), [["a"]], [], ["layers.0.w"]))
     with pytest.raises(KeyError, match=r"layers\.0\.w"):
         plan.explain("layers.9.w")
+
+
+def test_names_suggested_for_an_unknown_target_begin_or_end_alike():
+    names = [f"layers.{layer}.{part}.weight" for layer in range(9) for part in ("mlp.experts", "attn", "norm")]
+    plan = experts_plan()
+    plan = replace(plan, targets=tuple(plan.target("norm")._replace(name=name) for name in names))
+    with pytest.raises(UnknownTarget) as caught:
+        plan.target("layers.7.mlp.experts.0.weight")
+    suggested = str(caught.value).partition("similar names\n")[2].splitlines()
+    assert suggested[0].strip() == "layers.7.mlp.experts.weight"
+    assert len([line for line in suggested if line.startswith("    ")]) == 5
 
 
 def test_ways_of_execution_are_distinguished():
@@ -82,3 +95,10 @@ def test_small_tensors_pass_through_everything(shape):
     assert [(t.name, t.shape) for t in back.targets] == [("a", shape)]
     assert execute(plan.then(back), addressed(sources)) == addressed(sources)
     assert CopyPlan.from_json(plan.to_json()) == plan
+
+
+def test_a_plan_is_short_in_a_terminal():
+    plan = experts_plan()
+    assert repr(plan) == str(plan)
+    assert re.fullmatch(r"<CopyPlan: \d+ targets from \d+ sources, \d+ bytes; .*>", repr(plan))
+    assert str(plan.bytes_written) in repr(plan)

@@ -226,7 +226,7 @@ def test_advice_for_undecoded_algorithms_works(tmp_path):
     def advice(call):
         with pytest.raises(amc.UnsupportedError, match="W4A8_AWQ") as caught:
             call()
-        return str(caught.value).partition("  do:       ")[2]
+        return caught.value.args[0].partition("  do:       ")[2]
 
     keeps = "keeps codes and scales as they are"
     both = f"dequantize=False {keeps}, for a model that has both or with rules=[]"

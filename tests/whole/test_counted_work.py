@@ -18,7 +18,8 @@ import torch
 pytest.importorskip("transformers", reason="needs models and rules of transformers")
 
 import automodel_conv as amc
-from automodel_conv.cli import demo
+from automodel_conv.cli.demo import DemoModel
+from automodel_conv.cli.demo_process import write_checkpoint
 from automodel_conv.cli.measuring import ready_memory
 from automodel_conv.execution import host as cpu
 from automodel_conv.execution import page_calls
@@ -34,7 +35,7 @@ def published(tmp_path_factory):
     directories = {}
     for layers, experts in product((1, 2), (FEW, MANY)):
         directories[layers, experts] = tmp_path_factory.mktemp("published")
-        demo.write_checkpoint(demo.DemoModel(layers, experts, 64, 32, "1GB"), str(directories[layers, experts]))
+        write_checkpoint(DemoModel(layers, experts, 64, 32, "1GB"), str(directories[layers, experts]))
     return directories
 
 
@@ -42,7 +43,7 @@ def published(tmp_path_factory):
 def large(tmp_path_factory):
     """Write tensors of more than one huge page: 100 MB in one file."""
     directory = tmp_path_factory.mktemp("large")
-    demo.write_checkpoint(demo.DemoModel(1, 16, 1024, 1024, "1GB"), str(directory))
+    write_checkpoint(DemoModel(1, 16, 1024, 1024, "1GB"), str(directory))
     return directory
 
 

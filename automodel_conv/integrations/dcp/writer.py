@@ -33,6 +33,7 @@ from automodel_conv.execution.tensor_slabs import LocalTensor, tensor_slabs
 from automodel_conv.execution.writing import split_scratch, write_slabs
 from automodel_conv.files.checkpoint import open_checkpoint
 from automodel_conv.files.destination import Destination, open_destination
+from automodel_conv.files.remote import local_path
 from automodel_conv.files.shards import Naming, Shard
 from automodel_conv.files.staging import staged_path
 from automodel_conv.integrations.dcp.consistency import refuse_failures, refuse_unlike, shared_items
@@ -91,7 +92,7 @@ class HuggingFaceWriter(StorageWriter):
         scratch_bytes: int | None = None,
     ):
         self._given = {name: given for name, given in locals().items() if name != "self"}
-        self._directory = os.path.abspath(os.fsdecode(directory))
+        self._directory = local_path(directory)
         self._model = None if model is None else plain_model(model)
         self._rules = None if rules is None else list(rules)
         self._layout = layout
@@ -109,7 +110,7 @@ class HuggingFaceWriter(StorageWriter):
         self._ending.close()
         self._begun = None
         if checkpoint_id is not None:
-            self._directory = os.path.abspath(os.fsdecode(checkpoint_id))
+            self._directory = local_path(checkpoint_id)
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Refuse saves without collectives, in which ranks would not know what other ranks write.

@@ -133,6 +133,14 @@ def test_tensors_that_do_not_fit_the_reference_are_refused(mixtral, tmp_path):
     )
 
 
+@needs_transformers
+def test_state_dict_with_a_reference_and_without_rules_is_advised_to_pass_rules(mixtral, tmp_path):
+    mixtral.save_pretrained(tmp_path / "published")
+    advice = r"(.|\n)*pass rules= too, to split grouped experts of a state dict"
+    reference = tmp_path / "published"
+    refused(dict(mixtral.state_dict()), tmp_path / "out", NameProblems, advice, reference=reference)
+
+
 @pytest.mark.parametrize(
     "present", ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "other.gguf"]
 )

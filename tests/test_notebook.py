@@ -1,0 +1,45 @@
+"""Tests of the notebook: a kernel runs it from top to bottom, and no outputs are committed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+NOTEBOOK = Path(__file__).parent.parent / "examples" / "quickstart.ipynb"
+
+# What the outputs must contain, in this order.
+SHOWN = (
+    "model.layers.0.mlp.experts.1.gate_proj.weight",
+    "reads 0.0",
+    "all 25 tensors equal those of from_pretrained",
+    "are the conversion of the published checkpoint, bit for bit",
+    "are the published tensors again, bit for bit",
+    "incomplete: parts of a merged parameter are absent (4)",
+)
+
+
+def test_no_outputs_are_committed():
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert cells
+    assert [cell["outputs"] for cell in cells if cell["outputs"]] == []
+    assert {cell["execution_count"] for cell in cells} == {None}
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    """Return the outputs of all cells, run by a kernel in an empty folder; an error in a cell raises."""
+    nbclient = pytest.importorskip("nbclient", reason="`make test-notebook` installs what runs notebooks")
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("transformers", reason="the notebook builds a transformers model")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    folder = tmp_path_factory.mktemp("notebook")
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
+    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+def test_cells_show_what_the_text_says(outputs):
+    text = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
+    rest = text
+    for part in SHOWN:
+        assert part in rest, text
+        rest = rest.partition(part)[2]
