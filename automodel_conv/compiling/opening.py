@@ -45,7 +45,7 @@ def open_to_load(
     path: str | os.PathLike[str],
     model: nn.Module | None,
     state: Mapping[str, Tensor],
-    options: LoadSettings,
+    settings: LoadSettings,
     clock: Clock,
     *,
     in_place: bool = False,
@@ -56,26 +56,26 @@ def open_to_load(
         path: see ``load_state_dict``.
         model: the model, or None.
         state: the model's state dict.
-        options: the options of the load.
+        settings: the options of the load.
         clock: measures the time of each phase.
         in_place: see ``loading_plan``.
 
     Raises:
         CheckpointError, NameProblems, QuantizationError, UnsupportedError: see ``load_state_dict``.
     """
-    given = None if options.plan is None else as_plan(options.plan, options.given())
+    given = None if settings.plan is None else as_plan(settings.plan, settings.given())
     clock.lap("plan")
-    if options.memory_map:
+    if settings.memory_map:
         refuse_url(path)
-    checkpoint = open_downloaded(path, revision=options.revision, by_range=True)
+    checkpoint = open_downloaded(path, revision=settings.revision, by_range=True)
     clock.lap("open")
     if given is not None:
-        fitted, problems = fitted_plan(given, checkpoint, model, state, options.strict, in_place)
+        fitted, problems = fitted_plan(given, checkpoint, model, state, settings.strict, in_place)
         return Opened(checkpoint, fitted, problems, model)
-    builds = model is None and options.rules is None
+    builds = model is None and settings.rules is None
     with while_importing(checkpoint) if builds else nullcontext():
-        plan, problems, model = load_plan(checkpoint, model, options, in_place)
-    problems.raise_unless_fit(checkpoint.path, options.strict, checkpoint.unindexed)
+        plan, problems, model = load_plan(checkpoint, model, settings, in_place)
+    problems.raise_unless_fit(checkpoint.path, settings.strict, checkpoint.unindexed)
     return Opened(checkpoint, plan, problems, model)
 
 

@@ -28,7 +28,7 @@ from automodel_conv.upstream.wrappers import plain_model
 def load_plan(
     checkpoint: Checkpoint,
     model: nn.Module | None,
-    options: PlanSettings,
+    settings: PlanSettings,
     in_place: bool = False,
 ) -> tuple[CopyPlan, Problems, nn.Module | None]:
     """Plan a load.
@@ -37,21 +37,21 @@ def load_plan(
         The plan, the problems of its fit, and the model: the one that is given, or one built from ``config.json`` if
         there are neither a model nor rules.
     """
-    layout, source_layout, dtype = options.layout, options.source_layout, options.dtype
+    layout, source_layout, dtype = settings.layout, settings.source_layout, settings.dtype
     checked_dtype(dtype)
     for name, others in ((layout, ()), (source_layout, (PER_EXPERT,))):
         if name is not None and name not in others:
             get_layout(name, *others)
-    rules = None if options.rules is None else list(options.rules)
+    rules = None if settings.rules is None else list(settings.rules)
     if model is None and rules is None:
         model, dtype = meta_model(checkpoint, dtype), None
-    quantizer = None if options.dequantize else getattr(model, "hf_quantizer", None)
-    if options.dequantize:
+    quantizer = None if settings.dequantize else getattr(model, "hf_quantizer", None)
+    if settings.dequantize:
         table = decoded_table(checkpoint, needs_values=model is not None)
     else:
         table = SourceTable.from_checkpoint(checkpoint)
-    settings = quantization_config(checkpoint.directory) if table.decodes and model is not None else None
-    casting = quantizer if settings is None else dequantizer(settings)
+    quantization = quantization_config(checkpoint.directory) if table.decodes and model is not None else None
+    casting = quantizer if quantization is None else dequantizer(quantization)
     decoded = {table.names[row] for row in table.decodes}
     keeps_names = model is None and not rules and layout is None
     plan, problems = loading_plan(
@@ -60,11 +60,11 @@ def load_plan(
         rules=rules,
         layout=layout,
         source_layout=layout_to_read(checkpoint, source_layout, keeps_names=keeps_names),
-        key_mapping=options.key_mapping,
+        key_mapping=settings.key_mapping,
         dtype=dtype,
         in_place=in_place,
         quantizer=quantizer,
-        as_stored=left_as_stored(model, casting, options.key_mapping, decoded) if rules is None else None,
+        as_stored=left_as_stored(model, casting, settings.key_mapping, decoded) if rules is None else None,
     )
     stated = stated_layout(checkpoint, source_layout)
     if keeps_names:

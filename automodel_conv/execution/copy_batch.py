@@ -81,7 +81,7 @@ class PlannedCopies(NamedTuple):
     """Arguments for ``start``."""
     by_torch: tuple[list[Tensor], list[Tensor]]
     """Destinations and sources, for ``strided_copy_torch``."""
-    work: CopyCounts
+    counts: CopyCounts
 
 
 class CopyBatch:
@@ -136,7 +136,7 @@ class CopyBatch:
         return PlannedCopies(
             [launches for part in parts for launches in part.launches],
             ([dst for part in parts for dst in part.by_torch[0]], [src for part in parts for src in part.by_torch[1]]),
-            sum((part.work for part in parts), CopyCounts(0, 0)),
+            sum((part.counts for part in parts), CopyCounts(0, 0)),
         )
 
     @torch.no_grad()
@@ -151,7 +151,7 @@ class CopyBatch:
         start(*planned.launches)
         strided_copy_torch(*planned.by_torch)
         self._kinds.clear()
-        return planned.work
+        return planned.counts
 
 
 def _select_dtype(dtype: torch.dtype, sources: Sequence[Tensor], copy: StridedCopy) -> StridedCopy:

@@ -211,7 +211,7 @@ class _DeviceLoad:
         self._emptied: dict[int, Event] = {}  # by window, recorded once its copies are queued
         self._compiled: Future[frozenset[Variant] | None] = Future()
         self._gap_bytes = 0
-        self._work = CopyCounts(0, 0)
+        self._counts = CopyCounts(0, 0)
         self._without_kernels: str | None = None
         self._streams_done = 0  # streams that have finished without an error
 
@@ -246,7 +246,7 @@ class _DeviceLoad:
             raise thread_error from error
         if self._not_uploaded:
             raise_if_stopped(self._stop_event)
-        return stats._replace(gap_bytes=self._gap_bytes, work=self._work, without_kernels=self._without_kernels)
+        return stats._replace(gap_bytes=self._gap_bytes, counts=self._counts, without_kernels=self._without_kernels)
 
     def _run_threads(self, threads: int, slots: deque[_Slot], futures: list[Future[Any]]) -> None:
         """Read, upload and copy everything in threads, and append the future of each thread to ``futures``."""
@@ -367,9 +367,9 @@ class _DeviceLoad:
             self._changed.notify_all()
 
     def _copy_window(self, window: int, chosen: frozenset[Variant] | None) -> None:
-        work = self._window_copies.run(window, chosen)
+        counts = self._window_copies.run(window, chosen)
         with self._changed:
-            self._work += work
+            self._counts += counts
 
     @torch.inference_mode()
     def _compile(self) -> frozenset[Variant] | None:

@@ -63,10 +63,10 @@ def convert_tensors(
             copies, reads = with_source_strides(copies, [tensors[row] for row in target.sources])
             for copy in copies:
                 batch.add(copy, reads, output)
-    work = batch.run(use_kernels)
+    counts = batch.run(use_kernels)
     for call in fallback_calls(plan):
         run_fallback(call, {row: tensors[row] for row in call.rows}, buffers)
-    return work
+    return counts
 
 
 def _checked_source(plan: CopyPlan, row: int, tensor: Tensor) -> Tensor:

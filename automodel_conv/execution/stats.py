@@ -30,7 +30,7 @@ class LoadStats(NamedTuple):
     """Bytes of scratch in host memory: an upper bound."""
     device_scratch_bytes: int = 0
     """Bytes of scratch on the device."""
-    work: CopyCounts = CopyCounts(0, 0)
+    counts: CopyCounts = CopyCounts(0, 0)
     """Copies on a device."""
     without_kernels: str | None = None
     """The reason why no kernel could run. None if one could, if no bytes had to change, and for loads to the host."""

@@ -75,23 +75,23 @@ class WindowCopies:
         """
         window, region = self._windows[number], self._region(number)
         copies = self._batch(number).plan(chosen is not None, chosen)
-        launches, work, by_kernels = [], copies.work, set()
+        launches, counts, by_kernels = [], copies.counts, set()
         if chosen is not None:
             for rectangle, places, decoding in self._decode_launches(number):
                 if decoding.variants <= chosen:
                     launches.append(decoding)
                     by_kernels.add(rectangle)
-                    work += CopyCounts(len(places), 0)
+                    counts += CopyCounts(len(places), 0)
         with self._lock:  # so that only one window at a time uses scratch
             if self._decoder is not None:
                 self._decoder.compute_tables(window.scale_groups.values(), region)
                 for rectangle, places in window.rectangles.items():
                     if rectangle not in by_kernels:
                         self._decoder.decode_by_torch(rectangle, places, window.scale_groups[rectangle.kind], region)
-                        work += CopyCounts(0, len(places))
+                        counts += CopyCounts(0, len(places))
             start(*launches, *copies.launches)  # one upload
             strided_copy_torch(*copies.by_torch)
-        return work
+        return counts
 
     def _region(self, number: int) -> Tensor:
         """Return the memory of a window, uint8."""

@@ -91,7 +91,7 @@ def test_plan_writes_nothing_and_run_executes_it():
     batch, outputs, expected = copies()
     planned = batch.plan(True)
     assert untouched(outputs)
-    assert planned.work == CopyCounts(by_kernels=5, by_torch=2)
+    assert planned.counts == CopyCounts(by_kernels=5, by_torch=2)
     assert len(planned.launches) == 3
     assert [len(side) for side in planned.by_torch] == [2, 2]
     launch.start(*reversed(planned.launches))
@@ -107,8 +107,8 @@ def test_only_variants_that_are_allowed_are_launched(kernel):
     )
     planned = batch.plan(True, allowed)
     assert [one.variants for one in planned.launches] == [allowed]
-    assert planned.work.by_torch == 7 - planned.work.by_kernels
-    assert batch.run(True, allowed) == planned.work
+    assert planned.counts.by_torch == 7 - planned.counts.by_kernels
+    assert batch.run(True, allowed) == planned.counts
     check(outputs, expected)
 
 

@@ -76,7 +76,7 @@ def test_bytes_that_only_move_need_no_memory_for_copies(tmp_path, calls):
     tensors, checkpoint, plan = moe(tmp_path)
     device = SimulatedDevice()
     stats = load(Case(checkpoint, plan, naive(plan, tensors)), device)
-    assert (device.scratch_bytes, stats.work) == (0, copy_batch.CopyCounts(0, 0))
+    assert (device.scratch_bytes, stats.counts) == (0, copy_batch.CopyCounts(0, 0))
 
 
 def test_triton_is_checked_only_if_needed_and_not_by_the_caller(tmp_path, monkeypatch):
@@ -115,7 +115,7 @@ def test_kernels_write_the_same_bytes_and_are_compiled_in_advance(tmp_path, layo
     assert len(variants) <= MOST_COMPILED
     assert set(launched[: len(variants)]) == variants
     if layout != "rows" or code == "F32":
-        assert stats.work.by_kernels > 0
+        assert stats.counts.by_kernels > 0
 
 
 @needs_triton
@@ -134,9 +134,9 @@ def test_load_compiles_at_most_three_kernels_and_leaves_other_copies_to_torch(tm
     with mock.patch.object(launch, "queue", lambda *a: (launched.add(a[0]), real(*a))):
         stats = load(Case(checkpoint, plan, naive(plan, tensors)), SimulatedDevice(), backend="triton")
     assert len(launched) == MOST_COMPILED
-    assert stats.work.by_kernels > 0
-    assert stats.work.by_torch > 0
-    assert sum(stats.work) >= len(targets)
+    assert stats.counts.by_kernels > 0
+    assert stats.counts.by_torch > 0
+    assert sum(stats.counts) >= len(targets)
 
 
 def test_buffers_of_any_strides_are_filled(tmp_path):

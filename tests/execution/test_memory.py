@@ -48,16 +48,16 @@ LAYOUTS = {"rows": (), "transposed": (TRANSPOSE,), "interleaved": (INTERLEAVE, T
 def check_conversion(
     plan: CopyPlan, tensors: dict[str, Tensor], sources: list[Tensor], backends=BACKENDS
 ) -> list[CopyCounts]:
-    expected, work = naive(plan, tensors), []
+    expected, counts = naive(plan, tensors), []
     for backend in backends:
         guards = {t.name: guarded(t.shape, torch_dtype(t.dtype)) for t in plan.targets}
-        work.append(
+        counts.append(
             convert_tensors(plan, sources, {name: guard.tensor for name, guard in guards.items()}, backend=backend)
         )
         for name, guard in guards.items():
             guard.check()
             assert_bytes_equal(guard.tensor, expected[name])
-    return work
+    return counts
 
 
 def laid_out(tensor: Tensor, order: tuple[int, ...], step: int = 1) -> Tensor:
@@ -105,9 +105,9 @@ def test_layers_of_one_geometry_are_one_launch_for_each_verb():
     launched = []
     spied = tuple(replace(verb, launches=spy(verb.launches, launched)) for verb in verbs.VERBS)
     with mock.patch.object(verbs, "VERBS", spied):
-        (work,) = check_conversion(plan_of(sources, *targets), layers, list(layers.values()), ["triton"])
+        (counts,) = check_conversion(plan_of(sources, *targets), layers, list(layers.values()), ["triton"])
     assert sorted(launched) == [("strided_copy_launches", 12), ("transpose_launches", 24)]
-    assert work == CopyCounts(by_kernels=36, by_torch=0)
+    assert counts == CopyCounts(by_kernels=36, by_torch=0)
 
 
 @needs_triton

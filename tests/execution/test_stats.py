@@ -11,4 +11,4 @@ def test_work_is_added_by_field():
 
 def test_load_to_the_host_has_no_work_on_a_device():
     stats = LoadStats(10, 2, 30)
-    assert (stats.work, stats.device_scratch_bytes, stats.without_kernels) == (CopyCounts(0, 0), 0, None)
+    assert (stats.counts, stats.device_scratch_bytes, stats.without_kernels) == (CopyCounts(0, 0), 0, None)

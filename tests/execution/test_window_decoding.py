@@ -43,7 +43,7 @@ def decoded(file, decodes, moves, targets, limit, by_kernels=False):
     """Execute all windows, with kernels if possible. Return the targets, and the copies that torch executed."""
     windows = windows_within(file, decodes, moves, limit)
     tensors = [torch.full((4 * numel,), POISON, dtype=torch.uint8).view(torch.float32) for numel in targets]
-    work = CopyCounts(0, 0)
+    counts = CopyCounts(0, 0)
     for number, window in enumerate(windows):
         region = torch.full((window.nbytes + 64,), POISON, dtype=torch.uint8)
         region = region[-region.data_ptr() % 64 :][: window.nbytes]
@@ -56,8 +56,8 @@ def decoded(file, decodes, moves, targets, limit, by_kernels=False):
             region[start : start + nbytes] = torch.frombuffer(raw, dtype=torch.uint8)
         grouped = Window(group_moves(window.moves), window.nbytes, 1, window.groups, window.rectangles)
         copies = WindowCopies([grouped], tensors, [region])
-        work += copies.run(0, copies.variants(10**9) if by_kernels else None)
-    return tensors, work
+        counts += copies.run(0, copies.variants(10**9) if by_kernels else None)
+    return tensors, counts
 
 
 source_strategy = st.fixed_dictionaries(
@@ -94,12 +94,12 @@ def check(sources, limit, seed, gap, by_kernels):
             moves.setdefault(row, []).append(Move(len(targets), "F32", box, piece.source_offset, gap))
             targets.append((1 + gap) * len(order))
             expected.append(numbers[order.numpy()].astype(np.float32))
-    tensors, work = decoded(file, decodes, moves, targets, limit, by_kernels)
+    tensors, counts = decoded(file, decodes, moves, targets, limit, by_kernels)
     for tensor, numbers in zip(tensors, expected, strict=True):
         values = tensor.numpy().reshape(len(numbers), 1 + gap)
         assert np.array_equal(values[:, gap], numbers)
         assert (values[:, :gap].view(np.uint8) == POISON).all()
-    return work
+    return counts
 
 
 limits = st.sampled_from([4096, 6000, 20_000, 1 << 20])

@@ -59,7 +59,7 @@ def run_schedules(cases, gpu, make=None, seeds=range(40)):
         options["device_scratch_bytes"] = draw.choice([8192, 8192, 16384])
         stats = load(draw.choice(cases), device, **options)
         assert device.idle
-        kernels += stats.work.by_kernels
+        kernels += stats.counts.by_kernels
     return kernels
 
 
