@@ -144,8 +144,8 @@ def convert_checkpoint(
             published. None: the layout that the files state (those written by this package do), or else the model's. It
             is an error if the model's shapes contradict that layout or do not determine it. With ``rules=[]`` and no
             ``layout``, experts are converted to "transformers".
-        dtype: dtype of all floating-point tensors, except those that a transformers model keeps in float32. None: the
-            dtypes that they have.
+        dtype: dtype of all floating-point tensors, except those that a transformers model keeps in float32. Codes that
+            are kept, and their scales, are not cast. None: the dtypes that they have.
         dequantize: decode the tensors that ``quantization_config`` in ``config.json`` describes as quantized, to
             ``dtype`` or bfloat16, and leave that setting out of the new ``config.json``. False: keep codes and scales
             byte for byte. FP8 codes and their scales are then grouped and arranged like their weights

@@ -131,8 +131,8 @@ def save_checkpoint(
             Quantized ones are decoded, unless the tensors to save are codes themselves. With a state dict, these
             are all tensors of that checkpoint from which no tensor of the state dict is built. So the state dict must
             contain all names of tied tensors, not only one of them.
-        dtype: dtype of all floating-point tensors, except those that a transformers model keeps in float32. None: the
-            dtypes that they have.
+        dtype: dtype of all floating-point tensors, except those that a transformers model keeps in float32. Codes and
+            their scales are not cast. None: the dtypes that they have.
         max_shard_size: bound of the tensor data in a file, in bytes or as in "5GB". Not used with ``reference``.
         checksums: write a checksum of each tensor next to the index, for ``verify=True`` of the loaders and for
             ``verify`` of the command line. This reads the files once more.

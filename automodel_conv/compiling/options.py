@@ -43,7 +43,8 @@ class PlanOptions(TypedDict, total=False):
     ``from_pretrained`` would choose: that of ``config.json`` or, if it states none, of the first tensor by name. Three
     kinds of targets without a value differ. Parameters that transformers keeps in float32 are float32. All targets of
     one rule have the dtype of its first target. Tensors of quantized checkpoints that transformers does not cast keep
-    the dtype in the file. If ``dtype`` is given, ``load_model`` replaces parameters of another floating-point dtype."""
+    the dtype in the file. Codes that are kept, and their scales, are never cast. If ``dtype`` is given, ``load_model``
+    replaces parameters of another floating-point dtype."""
 
     dequantize: bool
     """Decode the tensors that ``quantization_config`` in ``config.json`` describes as quantized, and round each element

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from automodel_conv.planning.copies import SourceTable
-from automodel_conv.planning.methods.method import Packing, part_name, weight_name
+from automodel_conv.planning.methods.method import Method, Packing, part_name, weight_name
 from automodel_conv.planning.methods.table import METHODS
 
 NARROW = ("F8_", "F6_", "F4")
@@ -47,20 +48,34 @@ class CodeNames(NamedTuple):
 
 def has_codes(table: SourceTable) -> str | None:
     """Return the name of the first tensor that looks like codes with scales, or None."""
-    suffixes_of: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
+    return next((name for name, _ in _codes_with_parts(table)), None)
+
+
+def parts_of_codes(table: SourceTable) -> frozenset[str]:
+    """Return the names of all scales of codes, those of activations included.
+
+    If codes are kept, their scales keep their dtype: a cast of a scale changes the value of each of its codes.
+    """
+    return frozenset(part for _, parts in _codes_with_parts(table) for part in parts)
+
+
+def _codes_with_parts(table: SourceTable) -> Iterator[tuple[str, list[str]]]:
+    """Yield the name of each tensor that looks like codes with scales, and the names of the parts that it has."""
+    methods_of: dict[str, list[tuple[str, Method]]] = {}
     for method in METHODS.values():
         for packing in method.codes:
-            suffixes_of.setdefault(packing.dtype, []).append((packing.suffix, method.scales))
-    if suffixes_of.keys().isdisjoint(table.dtypes):
-        return None
+            methods_of.setdefault(packing.dtype, []).append((packing.suffix, method))
+    if methods_of.keys().isdisjoint(table.dtypes):
+        return
     names = set(table.names)
     for name, dtype in zip(table.names, table.dtypes, strict=True):
-        for suffix, scales in suffixes_of.get(dtype, ()):
+        for suffix, method in methods_of.get(dtype, ()):
             if name.endswith(suffix):
                 weight = weight_name(name, suffix)
-                if any(part_name(weight, scale) in names for scale in scales):
-                    return name
-    return None
+                if any(part_name(weight, scale) in names for scale in method.scales):
+                    suffixes = filter(None, (*method.scales, method.global_scale, *method.dropped))
+                    parts = (part_name(weight, part) for part in suffixes)
+                    yield name, [part for part in parts if part in names]
 
 
 def packed_dtypes() -> frozenset[str]:

@@ -12,6 +12,7 @@ from automodel_conv.dtypes import FLOATING, dtype_code, promoted, torch_dtype
 from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.planning.boxes import NotAffine
 from automodel_conv.planning.casts import check_cast
+from automodel_conv.planning.code_names import parts_of_codes
 from automodel_conv.planning.copies import Fallback, SourceTable, StridedCopy, Target
 from automodel_conv.planning.operations import OPERATIONS, NotLowerable
 from automodel_conv.planning.plan import CopyPlan
@@ -39,7 +40,7 @@ def compile_targets(
         sources: tensors of a checkpoint.
         rules: rules of the model or the caller.
         targets: tensors of the model; None: every output of the rules becomes a target, in the dtype of its sources.
-        dtype: dtype code that floating tensors are cast to if ``targets`` is None.
+        dtype: dtype code that floating tensors, except scales of codes, are cast to if ``targets`` is None.
         parameters: shapes of the model's parameters, for operations that read them; None: those of ``targets``.
         transposed: whether to transpose a square matrix whose orientation no shape determines. It concerns rules that
             transpose only tensors without the model's shape. None: such a matrix is an error.
@@ -99,6 +100,7 @@ class Compiler:
         self.rules = rules
         self.targets = targets
         self.dtype = dtype
+        self._kept = parts_of_codes(sources) if dtype is not None else frozenset()
         self.as_stored = as_stored
         self.problems = Problems()
         self.touched: set[str] = set()  # targets that a source provides, even if it does not fit
@@ -171,7 +173,7 @@ class Compiler:
         if self.targets is None:
             return Target(
                 name,
-                self._free_dtype(name, {dtypes[row] for row in rows}),
+                self._free_dtype(name, rows),
                 shape,
                 rule,
                 rows,
@@ -204,9 +206,10 @@ class Compiler:
             return wanted
         return stored if self.as_stored(self.sources.names[row], stored, first) else wanted
 
-    def _free_dtype(self, name: str, dtypes: set[str]) -> str:
+    def _free_dtype(self, name: str, rows: tuple[int, ...]) -> str:
         """Return the dtype of a target that no model specifies."""
-        if self.dtype is not None and dtypes <= FLOATING:
+        dtypes = {self.sources.dtypes[row] for row in rows}
+        if self.dtype is not None and dtypes <= FLOATING and self._kept.isdisjoint(self.sources.names[r] for r in rows):
             return self.dtype
         if len(dtypes) > 1:
             raise UnsupportedError(

@@ -16,6 +16,8 @@ from automodel_conv.errors import UnsupportedError, listing, message
 from automodel_conv.execution.buffers import dtype_of
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.files.shards import Naming, Shard, Spec, divide, divide_like, parse_size
+from automodel_conv.planning.code_names import parts_of_codes
+from automodel_conv.planning.composition import table_of
 from automodel_conv.planning.copies import Target
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.resolve import resolve
@@ -35,7 +37,7 @@ def not_saved(model: nn.Module | None, reference: Checkpoint | None, written: It
 def with_dtype(
     plan: CopyPlan, dtype: torch.dtype | None, model: nn.Module | None, rules: Iterable[Any] | None = None
 ) -> CopyPlan:
-    """Return the plan with its floating-point targets in ``dtype``, except those that the model keeps in float32.
+    """Return the plan with its floating-point targets in ``dtype``, except scales and what a model keeps in float32.
 
     Names in a checkpoint may differ from those of the model. The rules determine the parameter that a target is loaded
     into, and the target gets the dtype of that parameter.
@@ -59,8 +61,9 @@ def with_dtype(
         rule_set = RuleSet(model_rules(model) if rules is None else rules, model)
         assignments = resolve([target.name for target in plan.targets], rule_set, specs).assignments
         wanted = {row: specs[each.target].dtype for each in assignments for row in chain(*each.slots.values())}
+    kept = parts_of_codes(table_of(plan.targets))
     targets = [
-        target._replace(dtype=wanted.get(row, code)) if target.dtype in FLOATING else target
+        target._replace(dtype=wanted.get(row, code)) if target.dtype in FLOATING and target.name not in kept else target
         for row, target in enumerate(plan.targets)
     ]
     return CopyPlan(plan.sources, tuple(targets), plan.rules)

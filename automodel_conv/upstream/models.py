@@ -7,12 +7,14 @@ in float32, tied names, layout of the experts) are read from their attributes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from automodel_conv.dtypes import FLOATING, dtype_code
 from automodel_conv.errors import UnsupportedError, message
+from automodel_conv.planning.code_names import parts_of_codes
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.layouts import ExpertLayout
 from automodel_conv.planning.wanted import TargetSpec
@@ -51,14 +53,16 @@ def model_targets(model: nn.Module, dtype: torch.dtype | None = None) -> dict[st
 
     Args:
         model: the model.
-        dtype: dtype of all other floating tensors; None: each tensor's own.
+        dtype: dtype of all other floating tensors, except scales of codes; None: each tensor's own.
 
     Raises:
         UnsupportedError: a tensor has a dtype that the safetensors format lacks.
     """
     kept = _kept_in_float32(model, dtype)
+    state = model.state_dict(keep_vars=True)
+    scales = frozenset() if dtype is None else _scales(state)
     targets: dict[str, TargetSpec] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             continue  # extra state of a module
         code = dtype_code(tensor.dtype)
@@ -67,10 +71,16 @@ def model_targets(model: nn.Module, dtype: torch.dtype | None = None) -> dict[st
             raise UnsupportedError(message(text, found=tensor.dtype, do=_CAST))
         is_new = dtype is not None or tensor.is_meta
         if is_new:
-            wanted = kept(name) or (dtype if code in FLOATING else None)
+            wanted = kept(name) or (dtype if code in FLOATING and name not in scales else None)
             code = code if wanted is None else dtype_code(wanted) or code
         targets[name] = TargetSpec(code, tuple(tensor.shape), is_new)
     return targets
+
+
+def _scales(state: Mapping[str, Any]) -> frozenset[str]:
+    """Return the names of the scales of a model that keeps codes, which keep their dtype."""
+    codes = {name: dtype_code(t.dtype) for name, t in state.items() if isinstance(t, Tensor)}
+    return parts_of_codes(SourceTable([*codes], [code or "" for code in codes.values()], [()] * len(codes)))
 
 
 def _kept_in_float32(model: nn.Module, dtype: torch.dtype | None) -> Callable[[str], torch.dtype | None]:

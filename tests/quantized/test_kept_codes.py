@@ -186,6 +186,27 @@ def test_dtype_casts_only_tensors_that_are_not_codes(tmp_path):
     assert_same(tensors_of(tmp_path / "made"), expected)
 
 
+@pytest.mark.parametrize("what", [{"rules": []}, {"layout": "per_expert"}, {"layout": "nemo"}], ids=str)
+def test_dtype_casts_no_scale_of_codes_that_are_kept(tmp_path, what):
+    quantized("", tmp_path / "source", fine_grained((16, 16)), qwen())
+    amc.convert_checkpoint(tmp_path / "source", tmp_path / "kept", **what)
+    amc.convert_checkpoint(tmp_path / "source", tmp_path / "cast", **what, dtype=torch.float16)
+    kept = tensors_of(tmp_path / "kept")
+    assert {t.dtype for name, t in kept.items() if "scale" in name} == {torch.float32}
+    expected = {name: t.half() if t.dtype == torch.bfloat16 else t for name, t in kept.items()}
+    assert_same(tensors_of(tmp_path / "cast"), expected)
+
+
+def test_loads_and_saves_in_another_dtype_cast_no_scale(tmp_path):
+    quantized("", tmp_path / "source", fine_grained((16, 16)), qwen())
+    stored = tensors_of(tmp_path / "source")
+    expected = {name: t.half() if t.dtype == torch.bfloat16 else t for name, t in stored.items()}
+    loaded = amc.load_state_dict(tmp_path / "source", rules=[], dequantize=False, dtype=torch.float16)
+    assert_same(dict(loaded), expected)
+    amc.save_checkpoint(stored, tmp_path / "saved", rules=[], dtype=torch.float16)
+    assert_same(tensors_of(tmp_path / "saved"), expected)
+
+
 def test_transformers_refuses_grouped_codes(tmp_path):
     """Check without a GPU, where it drops the scales of ``experts.gate_up_proj`` with a warning and loads the codes."""
     quantized("qwen3_moe", tmp_path / "source")
