@@ -24,6 +24,7 @@ from automodel_conv.execution.copy_batch import uses_kernels
 from automodel_conv.execution.cores import cores
 from automodel_conv.execution.memory import convert_tensors
 from automodel_conv.execution.new_memory import NewMemory
+from automodel_conv.execution.report_text import count_row, text_of
 from automodel_conv.files.checkpoint import open_checkpoint
 from automodel_conv.planning.copies import Target
 from automodel_conv.planning.plan import CopyPlan
@@ -40,6 +41,9 @@ class StateDictReport:
     """Names of tensors of the state dict, and of a ``reference``, that are not in the result in any form."""
     carried: tuple[str, ...] = ()
     """Always empty: a conversion in memory leaves out the tensors that a model or rules have no place for."""
+
+    def __str__(self) -> str:
+        return text_of([count_row("left out", self.left_out)])
 
 
 class ConvertedStateDict(dict[str, Tensor]):

@@ -5,6 +5,7 @@ Importing this module does not import torch, which the demo would wait for.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from automodel_conv.cli.forecast import Forecast
     from automodel_conv.converting import ConvertReport
     from automodel_conv.execution.report import LoadReport
+    from automodel_conv.execution.report_text import Row
 
 
 def two_columns(caption: str | None = None) -> Table:
@@ -30,18 +32,17 @@ def two_columns(caption: str | None = None) -> Table:
 
 def converted_table(report: ConvertReport, verified: bool) -> Table:
     """Return the table of a conversion."""
+    from automodel_conv.converting import converted_rows
+
     compared = "; the output was read back and compared" if verified else ""
     table = two_columns(f"seconds include imports and planning{compared}")
-    table.add_row("files", str(len(report.files)))
-    table.add_row("finished by an earlier call", str(report.files_resumed))
-    table.add_row("written", f"{report.bytes_written / 1e9:.3f} GB")
-    table.add_row("speed", f"{report.gb_per_s:.2f} GB/s")
-    table.add_row("seconds", f"{report.seconds:.3f}")
-    table.add_row("peak extra memory, at most", f"{report.peak_extra_bytes / 2**20:.1f} MiB")
-    table.add_row("carried as they are", str(len(report.carried)))
-    table.add_row("left out", str(len(report.left_out)))
-    table.add_row("other files copied", f"{len(report.files_copied)} files")
+    _add_rows(table, converted_rows(report))
     return table
+
+
+def _add_rows(table: Table, rows: Iterable[Row]) -> None:
+    for row in rows:
+        table.add_row(row.label, row.value)
 
 
 def mesh_table(costs: Forecast) -> Table:
@@ -69,26 +70,11 @@ def mesh_table(costs: Forecast) -> Table:
 
 def report_table(report: LoadReport, tensors: int) -> Table:
     """Return the table of a load."""
+    from automodel_conv.execution.report import load_rows
+
     table = two_columns("plan includes importing transformers, if needed")
     table.add_row("tensors", str(tensors))
-    table.add_row("read", f"{report.bytes_read / 1e9:.3f} GB")
-    table.add_row("speed", f"{report.gb_per_s:.2f} GB/s")
-    for phase, seconds in report.seconds.items():
-        table.add_row(f"seconds: {phase}", f"{seconds:.3f}")
-    table.add_row("peak extra memory, at most", f"{report.peak_extra_bytes / 2**20:.1f} MiB")
-    table.add_row("threads, at most", str(report.threads))
-    if report.pages is not None:
-        table.add_row("new memory", str(report.pages))
-    table.add_row("computed by transformers' own code", str(len(report.fallbacks)))
-    if report.copied_by_kernels or report.copied_by_torch:
-        table.add_row("copies on the device by kernels", str(report.copied_by_kernels))
-        table.add_row("copies on the device by torch", str(report.copied_by_torch))
-    if report.without_kernels is not None:
-        table.add_row("no kernels, because", report.without_kernels)
-    table.add_row("missing", str(len(report.missing_keys)))
-    table.add_row("unexpected", str(len(report.unexpected_keys)))
-    table.add_row("wrong shape", str(len(report.mismatched_keys)))
-    table.add_row("left out", str(len(report.left_out)))
+    _add_rows(table, load_rows(report))
     return table
 
 

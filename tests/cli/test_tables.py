@@ -66,6 +66,8 @@ def test_a_conversion_counts_files_bytes_and_names(verified):
         ["1 files"],
     ]
     assert ("read back and compared" in caption(table)) == verified
+    assert str(report).count("\n") == 8 + 3  # the same rows, and a line for each name
+    assert str(report).endswith("y\n    z\nother files copied           1 files")
 
 
 def report(**changes):

@@ -182,3 +182,10 @@ def test_backends_are_never_replaced_silently(front_door):
 def test_empty_state_dict_converts_to_an_empty_one():
     assert amc.convert_state_dict({}, layout="nemo") == {}
     assert amc.revert_state_dict({}, layout="nemo") == {}
+
+
+def test_printed_report_counts_and_names_what_is_left_out():
+    tensors = {f"layers.0.mlp.experts.{name}": torch.ones(2, 4, 4) for name in ("gate_up_proj", "down_proj")}
+    converted = amc.convert_state_dict(tensors, rules=[], source_layout="transformers", layout="nemo")
+    assert str(converted.report) == "left out  0"
+    assert "a\n    b" in str(type(converted.report)(("a", "b")))
