@@ -147,6 +147,18 @@ def test_every_target_needs_a_buffer_that_fits():
         amc.convert_state_dict(start, layout="nemo", out=wrong)
 
 
+def test_result_of_an_earlier_call_is_filled_by_the_next():
+    trainer = grouped() | {"norm": torch.ones(4)}
+    engine = amc.convert_state_dict(trainer, layout="nemo", source_layout="transformers")
+    assert engine["norm"] is trainer["norm"]
+    addresses = [tensor.data_ptr() for tensor in engine.values()]
+    for tensor in trainer.values():
+        tensor.mul_(0.5)
+    again = amc.convert_state_dict(trainer, layout="nemo", source_layout="transformers", out=engine)
+    assert [tensor.data_ptr() for tensor in again.values()] == addresses
+    assert_same(again, amc.convert_state_dict(trainer, layout="nemo", source_layout="transformers"))
+
+
 def test_a_buffer_in_the_memory_of_a_source_is_refused_before_anything_is_written():
     start = grouped()
     out = {name: torch.empty_like(t) for name, t in amc.convert_state_dict(start, layout="nemo").items()}
