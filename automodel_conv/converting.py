@@ -175,9 +175,9 @@ def convert_checkpoint(
             transposed layout, if blocks are square. File names then begin with the name of the layout, even if it is
             "transformers".
         drop: tensors to leave out, by their names in the source: a pattern or several. ``*`` matches any text, ``?``
-            one character and ``[abc]`` one of these; a pattern matches whole names ("mtp.*"). If codes are not decoded,
-            drop both codes and their scales, or neither. This does not apply to a conversion that leaves the names and
-            the layout of the experts unchanged.
+            one character and ``[abc]`` one of these; a pattern matches whole names ("model.layers.61.*"). A pattern
+            that matches none is an error. If codes are not decoded, drop both codes and their scales, or neither. This
+            does not apply to a conversion that leaves the names and the layout of the experts unchanged.
         max_shard_size: bound of the tensor data in a file, in bytes or as in "5GB".
         resume: continue with the files that an earlier call finished. False: discard them.
         verify: read each file back after it is written, and compare all of it with the source. This includes files
