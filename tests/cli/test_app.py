@@ -268,5 +268,5 @@ def test_help_and_plain_plans_work_without_transformers(plain):
     assert planned.returncode == 0, planned.stderr
     refused = python("-m", "automodel_conv", "demo", **hidden)
     assert refused.returncode == 1
-    assert "pip install transformers" in refused.stderr
+    assert "automodel-conv[transformers]" in refused.stderr
     assert "Traceback" not in refused.stderr
