@@ -125,6 +125,10 @@ class Clock:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = dict.fromkeys(("open", "plan", "read"), 0.0)
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a lap now, so that the time since the last lap counts for no phase."""
         self._last = time.perf_counter()
 
     def lap(self, phase: str) -> None:
