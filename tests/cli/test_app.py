@@ -163,7 +163,7 @@ def test_malformed_mesh_error_shows_an_example(plain, mesh):
 def test_load_reports_bytes_phases_and_names(moe):
     result = run("load", moe, "--threads", "1", "--dtype", "float32", "--no-progress")
     assert result.exit_code == 0, result.output
-    for label in ("GB/s", "open", "plan", "read", "peak extra memory", "missing", "unexpected"):
+    for label in ("speed", "open", "plan", "read", "peak extra memory", "missing", "unexpected"):
         assert label in result.stdout
 
 
