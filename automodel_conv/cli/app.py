@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.filesize import decimal
 
 import automodel_conv
 from automodel_conv.cli.dry_run import print_dry_run
@@ -241,7 +242,7 @@ def verify(
     if destination is None:
         checkpoint = open_downloaded(source)
         nbytes = verify_checksums(checkpoint, cores() if threads is None else threads)
-        typer.echo(f"{len(checkpoint.names)} tensors, {nbytes / 1e9:.3f} GB: all match their checksums")
+        typer.echo(f"{len(checkpoint.names)} tensors, {decimal(nbytes)}: all match their checksums")
         return
     nbytes = automodel_conv.verify_checkpoint(
         source,
@@ -257,7 +258,7 @@ def verify(
     )
     written = open_downloaded(destination)
     typer.echo(
-        f"{len(written.names)} tensors in {len(written.files)} files, {nbytes / 1e9:.3f} GB: "
+        f"{len(written.names)} tensors in {len(written.files)} files, {decimal(nbytes)}: "
         "all are bit-identical to a conversion of the source"
     )
 

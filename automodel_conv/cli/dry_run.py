@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import typer
+from rich.filesize import decimal
 
 from automodel_conv.cli.printing import print_names, print_table
 from automodel_conv.errors import DestinationError, listing, message
@@ -29,11 +30,11 @@ def print_dry_run(conversion: Conversion, destination: str) -> None:
     plan, room = conversion.plan, disk_space_of(directory)
     typer.echo(plan.summary())
     table = two_columns()
-    table.add_row("reads", f"{plan.bytes_read / 1e9:.3f} GB")
-    table.add_row("writes", f"{plan.bytes_written / 1e9:.3f} GB")
+    table.add_row("reads", decimal(plan.bytes_read))
+    table.add_row("writes", decimal(plan.bytes_written))
     table.add_row("files", str(len(conversion.shards)))
-    table.add_row("needs on the disk", f"{conversion.bytes_needed / 1e9:.3f} GB")
-    table.add_row("free on the disk", f"{room.free_bytes / 1e9:.3f} GB")
+    table.add_row("needs on the disk", decimal(conversion.bytes_needed))
+    table.add_row("free on the disk", decimal(room.free_bytes))
     table.add_row("carried as they are", str(len(conversion.carried)))
     table.add_row("left out", str(len(conversion.left_out)))
     if room.unfinished:

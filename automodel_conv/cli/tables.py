@@ -5,10 +5,11 @@ Importing this module does not import torch, which the demo would wait for.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from statistics import median
 from typing import TYPE_CHECKING
 
+from rich.filesize import decimal
 from rich.table import Table
 
 from automodel_conv.cli.demo import RUNS
@@ -50,25 +51,32 @@ def _add_rows(table: Table, rows: Iterable[Row]) -> None:
 
 def mesh_table(costs: Forecast) -> Table:
     """Return the table of what the ranks of a mesh would hold and read."""
+    from automodel_conv.schedule.jobs import GAP_BYTES
+
     ranks = costs.ranks
     sampled = "" if len(ranks) == costs.world_size else f", {len(ranks)} of them sampled"
     owned = [rank.owned_bytes for rank in ranks]
     caption = (
-        f"{costs.world_size} ranks{sampled}; imbalance: the largest share is "
-        f"{max(owned) * len(owned) / max(sum(owned), 1):.3f} of the mean"
+        f"a summary over {costs.world_size} ranks{sampled}; imbalance: the largest share is "
+        f"{max(owned) * len(owned) / max(sum(owned), 1):.3f} of the mean; a rank also reads gaps of at most "
+        f"{GAP_BYTES >> 10} KiB between the bytes that it needs"
     )
     table = Table("a rank", "least", "median", "most", caption=caption)
-    rows: dict[str, tuple[list[float], str]] = {
-        "holds, GB": ([nbytes / 1e9 for nbytes in owned], ".3f"),
-        "reads, GB": ([rank.read_bytes / 1e9 for rank in ranks], ".3f"),
-        "bytes read per byte held": ([rank.read_bytes / max(rank.owned_bytes, 1) for rank in ranks], ".3f"),
-        "read calls": ([float(rank.calls) for rank in ranks], ".0f"),
-        "files": ([float(rank.files) for rank in ranks], ".0f"),
-        "calls per file": ([rank.calls / max(rank.files, 1) for rank in ranks], ".1f"),
+    rows: dict[str, tuple[list[float], Callable[[float], str]]] = {
+        "holds": ([float(nbytes) for nbytes in owned], _size),
+        "reads": ([float(rank.read_bytes) for rank in ranks], _size),
+        "bytes read per byte held": ([rank.read_bytes / max(rank.owned_bytes, 1) for rank in ranks], "{:.3f}".format),
+        "read calls": ([float(rank.calls) for rank in ranks], "{:.0f}".format),
+        "files": ([float(rank.files) for rank in ranks], "{:.0f}".format),
+        "calls per file": ([rank.calls / max(rank.files, 1) for rank in ranks], "{:.1f}".format),
     }
-    for name, (values, form) in rows.items():
-        table.add_row(name, *(format(value, form) for value in (min(values), median(values), max(values))))
+    for name, (values, text) in rows.items():
+        table.add_row(name, *map(text, (min(values), median(values), max(values))))
     return table
+
+
+def _size(nbytes: float) -> str:
+    return decimal(round(nbytes))
 
 
 def report_table(report: LoadReport, tensors: int) -> Table:
@@ -112,8 +120,8 @@ def bench_tables(result: Bench) -> list[Table]:
 
     counts = two_columns()
     counts.add_row("files, tensors", f"{result.files}, {result.tensors}")
-    counts.add_row("bytes that a load reads", f"{result.nbytes / 1e9:.3f} GB")
-    counts.add_row("bytes timed", f"{result.sample_nbytes / 1e9:.3f} GB, {result.sample_targets} targets")
+    counts.add_row("bytes that a load reads", decimal(result.nbytes))
+    counts.add_row("bytes timed", f"{decimal(result.sample_nbytes)}, {result.sample_targets} targets")
     counts.add_row("transposed, interleaved, cast or decoded", f"{result.scratch_nbytes / result.sample_nbytes:.0%}")
     counts.add_row("seconds to open, to plan", f"{result.open_seconds:.3f}, {result.plan_seconds:.3f}")
     counts.add_row("in the page cache before the first read", _cached_text(result))

@@ -13,6 +13,8 @@ import statistics
 from collections import deque
 from typing import NamedTuple
 
+from rich.filesize import decimal
+
 # Each size is measured this many times before one is preferred. The lower of the two measurements counts, so one may be
 # disturbed.
 _TRIALS = 2
@@ -56,7 +58,7 @@ class PageUse(NamedTuple):
             for size, size_bytes, speed in sorted(sizes, key=lambda size: -size[1])
             if size_bytes
         ]
-        return f"{', '.join(parts)} of {nbytes / 1e9:.2f} GB"
+        return f"{', '.join(parts)} of {decimal(nbytes)}"
 
 
 class PagePolicy:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from rich.filesize import decimal
 from torch import Tensor
 
 from automodel_conv.execution.page_policy import PageUse
@@ -27,7 +28,8 @@ class LoadReport:
         mismatched_keys: ``(name, shape in the checkpoint, shape in the model)`` of targets that were left unchanged.
         duplicated_keys: ``(name, sources)`` of targets that several sources claim; the first source was used.
         fallbacks: names of targets that transformers' own code computed, because strided copies cannot.
-        bytes_read: bytes of tensor data that were read. Mapped targets are not read.
+        bytes_read: bytes of tensor data that were requested from the files. A read continues across a gap of at most
+            64 KiB between bytes that the targets need; the bytes of such gaps count. Mapped targets are not read.
         seconds: seconds by phase: ``open``, ``plan``, ``read``.
         peak_extra_bytes: upper bound of the memory used in addition to the final buffers, in bytes: scratch on the host
             and on the devices, and second copies of parameters that the checkpoint has under two names, unless they
@@ -89,7 +91,7 @@ class LoadReport:
 def load_rows(report: LoadReport) -> list[Row]:
     """Return the rows of the report of a load, those of devices and of rare problems only if they are not empty."""
     rows = cost_rows("read", report.bytes_read, report.gb_per_s)
-    rows += [Row("mapped", f"{report.bytes_mapped / 1e9:.3f} GB")] if report.bytes_mapped else []
+    rows += [Row("mapped", decimal(report.bytes_mapped))] if report.bytes_mapped else []
     rows += [Row(f"seconds: {phase}", f"{seconds:.3f}") for phase, seconds in report.seconds.items()]
     rows += [memory_row(report.peak_extra_bytes), Row("threads, at most", str(report.threads))]
     rows += [] if report.pages is None else [Row("new memory", str(report.pages))]
@@ -123,6 +125,10 @@ class Clock:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = dict.fromkeys(("open", "plan", "read"), 0.0)
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a lap now, so that the time since the last lap counts for no phase."""
         self._last = time.perf_counter()
 
     def lap(self, phase: str) -> None:
@@ -148,7 +154,7 @@ def report_of(
         mismatched_keys=tuple(problems.mismatched),
         duplicated_keys=tuple(problems.duplicated),
         fallbacks=plan.fallbacks,
-        bytes_read=sum(one.bytes_read for one in stats.values()),
+        bytes_read=sum(one.bytes_read + one.gap_bytes for one in stats.values()),
         seconds=clock.seconds,
         left_out=checkpoint.left_out(plan.unused_sources),
         unindexed=checkpoint.unindexed,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from rich.filesize import decimal
+
 from automodel_conv.errors import listing, printable
 
 NAMES_SHOWN = 3
@@ -30,12 +32,12 @@ def count_row(label: str, names: Iterable[object]) -> Row:
 
 def cost_rows(action: str, nbytes: int, gb_per_s: float) -> list[Row]:
     """Return the rows of the bytes that were read or written, and of the speed."""
-    return [Row(action, f"{nbytes / 1e9:.3f} GB"), Row("speed", f"{gb_per_s:.2f} GB/s")]
+    return [Row(action, decimal(nbytes)), Row("speed", f"{decimal(round(gb_per_s * 1e9))}/s")]
 
 
 def memory_row(nbytes: int) -> Row:
     """Return the row of the memory used in addition to the tensors."""
-    return Row("peak extra memory, at most", f"{nbytes / 2**20:.1f} MiB")
+    return Row("peak extra memory, at most", decimal(nbytes))
 
 
 def text_of(rows: Iterable[Row]) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from rich.filesize import decimal
+
 from automodel_conv.errors import listing, printable
 from automodel_conv.execution.filling import Limits, fill
 from automodel_conv.execution.mapping import map_targets, mapped_or_new, without_targets
@@ -54,7 +56,7 @@ class HookedLoad(NamedTuple):
         if ALL not in self.left:
             left = f"{len(self.left)} by transformers; the others need no conversion"
         lines = [f"{self.model}: {len(self.lowered)} converted by plan, {left}"]
-        lines += [f"  mapped: {self.bytes_mapped / 1e9:.3f} GB"] if self.bytes_mapped else []
+        lines += [f"  mapped: {decimal(self.bytes_mapped)}"] if self.bytes_mapped else []
         for label, names in kinds:
             if names == [ALL]:
                 lines.append(f"  {label}")

@@ -15,6 +15,8 @@ from heapq import nlargest
 from itertools import takewhile
 from operator import eq
 
+from rich.filesize import decimal
+
 from automodel_conv.dtypes import DECODED
 from automodel_conv.errors import UnknownTarget, UnsupportedError, listing, message
 from automodel_conv.planning.composition import chained, inverted, table_of
@@ -138,7 +140,8 @@ class CopyPlan:
     def bytes_read(self) -> int:
         """Number of source bytes that targets need.
 
-        Each byte counts once. Gaps that are read along do not count. The scales of a quantized source count as a whole.
+        Each byte counts once. The scales of a quantized source count as a whole. A load may read more: it reads gaps of
+        at most 64 KiB between these bytes, and ``LoadReport.bytes_read`` includes them.
         """
         wanted: Counter[int] = Counter()
         for target in self.targets:
@@ -202,9 +205,9 @@ class CopyPlan:
             ...     save_file({"weight": torch.zeros(4, 6)}, f"{directory}/model.safetensors")
             ...     plan = compile_plan(directory, rules=[], dtype=torch.bfloat16)
             >>> print(plan.summary())
-             targets  sources        GB  execution      rule
-                   1        1     0.000  cast           (name only)
-                   1        1     0.000  reads 0.000 GB, 0 targets by transformers' own code
+             targets  sources      size  execution      rule
+                   1        1  48 bytes  cast           (name only)
+                   1        1  48 bytes  reads 96 bytes, 0 targets by transformers' own code
         """
         rows: dict[tuple[int, str], list[int]] = {}
         for target in self.targets:
@@ -213,13 +216,13 @@ class CopyPlan:
             row[1] += len(target.sources)
             row[2] += target.nbytes
         width = max([14, *(len(way) for _, way in rows)])
-        lines = [f"{'targets':>8} {'sources':>8} {'GB':>9}  {'execution':<{width}} rule"]
+        lines = [f"{'targets':>8} {'sources':>8} {'size':>9}  {'execution':<{width}} rule"]
         for (rule, way), (targets, sources, size) in sorted(rows.items(), key=lambda item: -item[1][2]):
-            row = f"{targets:>8} {sources:>8} {size / 1e9:>9.3f}  {way:<{width}} "
+            row = f"{targets:>8} {sources:>8} {decimal(size):>9}  {way:<{width}} "
             lines += _with_rule(row, self._rule_text(rule))
         lines.append(
-            f"{len(self.targets):>8} {len(self.used_sources):>8} {self.bytes_written / 1e9:>9.3f}  "
-            f"reads {self.bytes_read / 1e9:.3f} GB, {len(self.fallbacks)} targets by transformers' own code"
+            f"{len(self.targets):>8} {len(self.used_sources):>8} {decimal(self.bytes_written):>9}  "
+            f"reads {decimal(self.bytes_read)}, {len(self.fallbacks)} targets by transformers' own code"
             + (f", {len(self.unused_sources)} sources left out" if self.unused_sources else "")
         )
         return "\n".join(lines)

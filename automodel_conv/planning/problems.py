@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from automodel_conv.errors import Advice, Message, NameProblems, listing
+from automodel_conv.planning.layouts import holds_grouped_experts
 
 
 @dataclass
@@ -78,9 +79,15 @@ class Problems:
         sections = [f"  {title} ({len(items)}):\n{listing(items)}" for title, items in parts if items]
         if sections:
             advice: list[Advice] = ["check that config and checkpoint belong together", *do]
+            holds_some_experts = bool(mismatched) and all(_is_part_of_experts(*item) for item in mismatched)
+            if holds_some_experts:
+                advice[0] = (
+                    "if each rank has tensors of its own experts, wrap them as DTensors with Shard(0) on the mesh that "
+                    "divides the experts; otherwise check that config and checkpoint belong together"
+                )
             if unindexed and (self.missing or self.incomplete):
                 advice.append("download the index and the files again: they may be of different versions")
-            if not failed:
+            if not failed and not holds_some_experts:  # a load of the rest would leave the experts unfilled
                 advice.append("{strict=False} loads what fits, as transformers does")
             raise NameProblems(
                 Message("\n".join([f"checkpoint and model do not fit together: {where}", *sections]), advice),
@@ -90,6 +97,12 @@ class Problems:
                 duplicated=self.duplicated,
                 incomplete=self.incomplete,
             )
+
+
+def _is_part_of_experts(name: str, stored: Sequence[int], own: Sequence[int]) -> bool:
+    """Return whether a model has fewer of the grouped experts than a checkpoint, and otherwise the same shape."""
+    same_otherwise = len(own) > 0 and tuple(own[1:]) == tuple(stored[1:])
+    return holds_grouped_experts(name) and same_otherwise and 0 < own[0] < stored[0]
 
 
 def _named(name: str, parts: Sequence[str]) -> str:

@@ -142,10 +142,10 @@ def test_populated_pages_are_reported():
     assert use.small_gb_per_s == pytest.approx(BLOCK_BYTES / 1e6 / SMALL)
     assert use.huge_gb_per_s == pytest.approx(BLOCK_BYTES / 1e6 / HOST)
     assert str(use).startswith("small pages for 100% (2.1 GB/s), huge pages for 0% (0.5 GB/s)")
-    assert str(use).endswith("of 5.00 GB")
+    assert str(use).endswith("of 5.0 GB")
 
 
 def test_unmeasured_pages_are_not_reported():
     assert str(PageUse()) == "no new memory of 4 MiB or more"
-    assert str(PageUse(0, 8 * 10**6, None, 2.0)) == "small pages for 100% (2.0 GB/s) of 0.01 GB"
+    assert str(PageUse(0, 8 * 10**6, None, 2.0)) == "small pages for 100% (2.0 GB/s) of 8.0 MB"
     assert PagePolicy(True).use() == PageUse()

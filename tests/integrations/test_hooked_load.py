@@ -41,7 +41,7 @@ def test_printed_report_groups_names_by_reason_and_is_short():
     text = str(hooked_load.HookedLoad("Toy", ("a", "b"), left, ("spare",), (("stale", "b.safetensors"),), 3 << 20))
     assert text.splitlines() == [
         "Toy: 2 converted by plan, 201 by transformers; the others need no conversion",
-        "  mapped: 0.003 GB",
+        "  mapped: 3.1 MB",
         "  200 by transformers: it is sharded while it is loaded",
         "    layers.0.w",
         "    layers.1.w",

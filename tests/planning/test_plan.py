@@ -11,10 +11,10 @@ from tests.planning.oracles import addressed, execute
 from tests.planning.plans import CHUNK, experts_plan, plan_of, table, targets_of, transposing_plan
 
 SUMMARY = """\
- targets  sources        GB  execution      rule
-       1        4     0.000  read           e.*.gate + e.*.up -> gate_up: merge, join
-       1        1     0.000  read           (name only)
-       2        5     0.000  reads 0.000 GB, 0 targets by transformers' own code"""
+ targets  sources      size  execution      rule
+       1        4  96 bytes  read           e.*.gate + e.*.up -> gate_up: merge, join
+       1        1   8 bytes  read           (name only)
+       2        5 104 bytes  reads 104 bytes, 0 targets by transformers' own code"""
 
 EXPLANATION = """\
 gate_up  BF16 [2, 6, 4]  96 bytes  (read)
@@ -39,7 +39,7 @@ def test_long_rules_of_summary_and_explain_have_several_lines():
     rule = f"{sources} -> layers.*.mlp.experts.gate_up_proj: MergeModulelist(dim=0), Concatenate(dim=1)"
     plan = replace(experts_plan(), rules=(rule, *experts_plan().rules[1:]))
     assert plan.summary().splitlines()[1:5] == [
-        "       1        4     0.000  read           layers.*.mlp.experts.*.gate_proj.weight",
+        "       1        4  96 bytes  read           layers.*.mlp.experts.*.gate_proj.weight",
         "                                              + layers.*.mlp.experts.*.up_proj.weight",
         "                                              -> layers.*.mlp.experts.gate_up_proj:",
         "                                                 MergeModulelist(dim=0), Concatenate(dim=1)",

@@ -50,6 +50,33 @@ def test_missing_parts_explain_the_shape_of_their_target():
     assert "a reason" not in text
 
 
+EXPERTS = [
+    ("layers.0.mlp.experts.gate_up_proj", (16, 6, 4), (8, 6, 4)),
+    ("layers.0.mlp.experts.down_proj", (16, 4, 3), (8, 4, 3)),
+]
+
+
+def test_advice_for_some_of_the_experts_is_to_wrap_them_as_shards():
+    text = str(error_of(Problems(mismatched=EXPERTS)))
+    assert "if each rank has tensors of its own experts, wrap them as DTensors with Shard(0)" in text
+    assert "strict=False" not in text
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ("layers.0.mlp.gate.weight", (16, 4), (8, 4)),  # the whole model has fewer experts
+        ("layers.1.mlp.experts.down_proj", (16, 4, 3), (8, 3, 4)),
+        ("layers.1.mlp.experts.down_proj", (8, 4, 3), (16, 4, 3)),
+        ("layers.1.mlp.experts.down_proj", (16, 4, 3), ()),
+    ],
+)
+def test_other_wrong_shapes_are_not_taken_for_the_experts_of_a_rank(other):
+    text = str(error_of(Problems(mismatched=[*EXPERTS, other])))
+    assert "Shard(0)" not in text
+    assert "strict=False" in text
+
+
 def test_long_lists_of_parts_are_counted():
     parts = tuple(f"t.{number}" for number in range(9))
     assert "t: t.0, t.1, t.2, t.3, ... 5 more" in str(error_of(Problems(incomplete=[("t", parts)])))

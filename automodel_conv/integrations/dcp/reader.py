@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +27,27 @@ from automodel_conv.dtypes import dtype_code
 from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.execution.buffers import dtype_of
 from automodel_conv.execution.filling import Limits, fill
+from automodel_conv.execution.report import Clock, LoadReport, report_of
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint, open_downloaded
 from automodel_conv.planning.names import plain_names
 from automodel_conv.planning.plan import CopyPlan, plan_of_parts
+from automodel_conv.planning.problems import Problems
 from automodel_conv.planning.regions import Part, box
 from automodel_conv.planning.sharding import region_of
 from automodel_conv.upstream.models import tied_names
 from automodel_conv.upstream.wrappers import plain_model
+
+
+class _Opened(NamedTuple):
+    """A checkpoint, its plan and problems, and the time that they took."""
+
+    checkpoint: Checkpoint
+    plan: CopyPlan
+    problems: Problems
+    target_names: dict[str, str]
+    """The target name for each name that can be loaded."""
+    clock: Clock
 
 
 class HuggingFaceReader(StorageReader):
@@ -85,9 +98,11 @@ class HuggingFaceReader(StorageReader):
         rules = None if rules is None else list(rules)
         self._options = PlanSettings(rules, layout, source_layout, key_mapping)
         self._limits = Limits(threads, scratch_bytes, device_scratch_bytes)
-        self._opened: tuple[Checkpoint, CopyPlan, dict[str, str]] | None = None
+        self._opened: _Opened | None = None
         self.left_out: tuple[str, ...] = ()
         """Names of the tensors in the checkpoint that no target consumes; empty before ``read_metadata``."""
+        self.report: LoadReport | None = None
+        """The outcome of the last load, for this rank; None before ``read_data``."""
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Switch to another checkpoint if ``checkpoint_id`` is not None."""
@@ -97,20 +112,22 @@ class HuggingFaceReader(StorageReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Return the names, dtypes and shapes of all tensors that can be loaded, as the model has them."""
-        self._opened = _, plan, target_names = self._open()
+        self._opened = opened = self._open()
         described = {}
-        for name, target_name in target_names.items():
-            target = plan.target(target_name)
+        for name, target_name in opened.target_names.items():
+            target = opened.plan.target(target_name)
             size = torch.Size(target.shape)
             chunk = ChunkStorageMetadata(torch.Size([0] * len(size)), size)
             properties = TensorProperties(dtype=dtype_of(target.dtype, name))
             described[name] = TensorStorageMetadata(properties, size, [chunk])
         return Metadata(state_dict_metadata=described)
 
-    def _open(self) -> tuple[Checkpoint, CopyPlan, dict[str, str]]:
-        """Return the checkpoint, its plan, and the target name for each name that can be loaded."""
+    def _open(self) -> _Opened:
+        """Open the checkpoint and compile its plan."""
+        clock = Clock()
         with at_door("planning", lambda: self._given):
             checkpoint = open_downloaded(self._path)
+            clock.lap("open")
             whole, problems, model = load_plan(checkpoint, self._model, self._options)
             problems.raise_unless_fit(checkpoint.path, unindexed=checkpoint.unindexed)
             self.left_out = checkpoint.left_out(whole.unused_sources)
@@ -121,7 +138,8 @@ class HuggingFaceReader(StorageReader):
             if first is not None:
                 target_names |= {name: target_names.get(name, first) for name in group}
         target_names |= {alias: target_names[name] for alias, name in self._aliases.items() if name in target_names}
-        return checkpoint, plan, target_names
+        clock.lap("plan")
+        return _Opened(checkpoint, plan, problems, target_names, clock)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Do nothing, since ``read_metadata`` has created the plan."""
@@ -136,7 +154,8 @@ class HuggingFaceReader(StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Fill all tensors of a plan at once."""
-        checkpoint, whole, target_names = self._opened or self._open()
+        checkpoint, whole, problems, target_names, clock = self._opened or self._open()
+        clock.restart()  # torch has planned meanwhile
         parts, buffers = [], {}
         state = getattr(planner, "state_dict", {})
         whole_shards: set[str] = set()
@@ -162,7 +181,9 @@ class HuggingFaceReader(StorageReader):
             parts.append(part)
             buffers[part.name] = tensor
         with at_door("loading", lambda: self._given):
-            fill(plan_of_parts(whole, parts), checkpoint, buffers, self._limits)
+            stats = fill(plan_of_parts(whole, parts), checkpoint, buffers, self._limits)
+        clock.lap("read")
+        self.report = report_of(checkpoint, whole, problems, clock, stats, {})
         for item in plan.items:
             planner.commit_tensor(item, planner.resolve_tensor(item))
         done: Future[None] = Future()

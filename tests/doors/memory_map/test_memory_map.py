@@ -96,7 +96,9 @@ def test_unaligned_tensors_are_read(tmp_path, pad):
     offsets = {name: checkpoint.offsets[row] for name, row in checkpoint.position.items()}
     odd = {name for name, tensor in wanted.items() if offsets[name] % tensor.element_size()}
     assert "b" in odd or "d" in odd or "a" in odd
-    assert loaded.report.bytes_read == sum(wanted[name].nbytes for name in odd)
+    # One call reads all of them, and what is between them.
+    ends = [offsets[name] + wanted[name].nbytes for name in odd]
+    assert loaded.report.bytes_read == max(ends) - min(offsets[name] for name in odd)
     assert loaded.report.bytes_mapped == sum(wanted[name].nbytes for name in wanted.keys() - odd)
     assert_same(loaded, wanted)
 

@@ -164,8 +164,8 @@ def test_targets_merged_from_separate_parts_are_read(published):
     experts = {name for name in loaded if ".experts." in name}
     assert experts
     assert loaded.report.bytes_mapped == sum(loaded[name].nbytes for name in loaded.keys() - experts)
-    assert loaded.report.bytes_read == sum(loaded[name].nbytes for name in experts)
-    assert loaded.report.bytes_read + loaded.report.bytes_mapped == sum(checkpoint.nbytes)
+    # A read includes small gaps, in which mapped tensors are.
+    assert sum(loaded[name].nbytes for name in experts) <= loaded.report.bytes_read <= sum(checkpoint.nbytes)
     assert_same_in_order(loaded, amc.load_state_dict(published))
 
 
@@ -192,7 +192,9 @@ def test_consecutive_parts_in_target_order_are_one_region(published, tmp_path, o
     merged = {name for name in loaded if name.endswith("experts.gate_up_proj")}
     read = set() if order == ("w1", "w3") else merged
     assert merged
-    assert loaded.report.bytes_read == sum(loaded[name].nbytes for name in read)
+    least = sum(loaded[name].nbytes for name in read)
+    # A read includes small gaps, in which mapped tensors are.
+    assert least <= loaded.report.bytes_read <= (total(loaded) if read else 0)
     assert loaded.report.bytes_mapped == sum(loaded[name].nbytes for name in loaded.keys() - read)
     assert_same_in_order(loaded, amc.load_state_dict(published))
 

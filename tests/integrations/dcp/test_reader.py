@@ -85,3 +85,14 @@ def test_an_item_that_is_no_tensor_is_refused(tmp_path):
 def test_a_checkpoint_is_what_exists(tmp_path):
     assert HuggingFaceReader.validate_checkpoint_id(tmp_path)
     assert not HuggingFaceReader.validate_checkpoint_id(tmp_path / "missing")
+
+
+def test_report_counts_the_bytes_of_this_load_with_the_gaps_between_them(tmp_path):
+    save_file({name: torch.ones(4) for name in ("a", "b", "c", "d")}, tmp_path / "model.safetensors")
+    reader = HuggingFaceReader(tmp_path, rules=[])
+    assert reader.report is None
+    for names, nbytes in (("ab", 2 * 16), ("ac", 3 * 16)):
+        dcp.load({name: torch.zeros(4) for name in names}, storage_reader=reader)
+        assert reader.report.bytes_read == nbytes
+        assert min(reader.report.seconds.values()) > 0
+        assert reader.report.left_out == ()
