@@ -23,6 +23,7 @@ from automodel_conv.errors import (
 )
 from automodel_conv.execution.comparing import compare_file
 from automodel_conv.execution.file_slabs import FileSlabs
+from automodel_conv.execution.report_text import Row, cost_rows, count_row, memory_row, text_of
 from automodel_conv.execution.writing import (
     ScratchSplit,
     create_shard_file,
@@ -48,7 +49,7 @@ from automodel_conv.publishing.saved import places_in
 
 @dataclass(frozen=True)
 class ConvertReport:
-    """The outcome of ``convert_checkpoint``.
+    """The outcome of ``convert_checkpoint``; ``print`` shows it.
 
     Attributes:
         files: names of the weight files.
@@ -94,6 +95,27 @@ class ConvertReport:
     def gb_per_s(self) -> float:
         """10^9 bytes written per second."""
         return self.bytes_written / self.seconds / 1e9 if self.seconds else 0.0
+
+    def __str__(self) -> str:
+        return text_of(converted_rows(self))
+
+
+def converted_rows(report: ConvertReport) -> list[Row]:
+    """Return the rows of the report of a conversion; those of rare cases only if they apply."""
+    complete = Row("complete already", "compared with the source; nothing was written")
+    unindexed = count_row("unindexed", [f"{name} of {file}" for name, file in report.unindexed])
+    return [
+        *([complete] if report.was_complete else []),
+        Row("files", str(len(report.files))),
+        Row("finished by an earlier call", str(report.files_resumed)),
+        *cost_rows("written", report.bytes_written, report.gb_per_s),
+        Row("seconds", f"{report.seconds:.3f}"),
+        memory_row(report.peak_extra_bytes),
+        count_row("carried as they are", report.carried),
+        count_row("left out", report.left_out),
+        *([unindexed] if unindexed.names else []),
+        Row("other files copied", f"{len(report.files_copied)} files"),
+    ]
 
 
 @door("converting")
@@ -153,9 +175,9 @@ def convert_checkpoint(
             transposed layout, if blocks are square. File names then begin with the name of the layout, even if it is
             "transformers".
         drop: tensors to leave out, by their names in the source: a pattern or several. ``*`` matches any text, ``?``
-            one character and ``[abc]`` one of these; a pattern matches whole names ("mtp.*"). If codes are not decoded,
-            drop both codes and their scales, or neither. This does not apply to a conversion that leaves the names and
-            the layout of the experts unchanged.
+            one character and ``[abc]`` one of these; a pattern matches whole names ("model.layers.61.*"). A pattern
+            that matches none is an error. If codes are not decoded, drop both codes and their scales, or neither. This
+            does not apply to a conversion that leaves the names and the layout of the experts unchanged.
         max_shard_size: bound of the tensor data in a file, in bytes or as in "5GB".
         resume: continue with the files that an earlier call finished. False: discard them.
         verify: read each file back after it is written, and compare all of it with the source. This includes files

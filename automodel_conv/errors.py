@@ -90,7 +90,7 @@ class ConversionError(ValueError):
 
     def __init__(self, text: str = ""):
         self._message = text if isinstance(text, Message) else Message(text)
-        super().__init__(_printable(self._message))
+        super().__init__(printable(self._message))
 
     def __str__(self) -> str:
         # Not ``super().__str__()``: that of KeyError, a base of UnknownTarget, quotes the text.
@@ -111,14 +111,15 @@ class ConversionError(ValueError):
 
     def _set_message(self, text: Message) -> None:
         self._message = text
-        self.args = (_printable(text), *self.args[1:])
+        self.args = (printable(text), *self.args[1:])
 
     def reason(self) -> str:
         """Return the text for the caller of another function, with only the advice that names no argument."""
-        return _printable(Message(self._message.what, self._message.do, lambda argument: None))
+        return printable(Message(self._message.what, self._message.do, lambda argument: None))
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """Return text that is safe to print: lines are cut, and characters that cannot be printed are escaped."""
     lines = [f"{line[:_LONGEST_LINE]}..." if len(line) > _LONGEST_LINE else line for line in text.split("\n")]
     return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], "\n".join(lines))
 

@@ -22,10 +22,10 @@ from automodel_conv.errors import ConversionError, UnsupportedError, message
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.copy_batch import uses_kernels
 from automodel_conv.execution.cores import cores
-from automodel_conv.execution.memory import convert_tensors
+from automodel_conv.execution.memory import convert_tensors, is_unchanged
 from automodel_conv.execution.new_memory import NewMemory
+from automodel_conv.execution.report_text import count_row, text_of
 from automodel_conv.files.checkpoint import open_checkpoint
-from automodel_conv.planning.copies import Target
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.publishing.saved import not_saved
 from automodel_conv.upstream.models import state_table, tied_names
@@ -40,6 +40,9 @@ class StateDictReport:
     """Names of tensors of the state dict, and of a ``reference``, that are not in the result in any form."""
     carried: tuple[str, ...] = ()
     """Always empty: a conversion in memory leaves out the tensors that a model or rules have no place for."""
+
+    def __str__(self) -> str:
+        return text_of([count_row("left out", self.left_out)])
 
 
 class ConvertedStateDict(dict[str, Tensor]):
@@ -74,7 +77,8 @@ def convert_state_dict(
             layout of the model's own parameters.
         source_layout: layout of grouped experts in ``state_dict``: a layout, or "per_expert". It is never guessed from
             shapes. None: the model's layout, which the shapes must confirm.
-        out: tensors to write, by target name. Each target needs one, of its shape and dtype. None: allocate them.
+        out: tensors to write, by target name. Each target needs one, of its shape and dtype. The result of an earlier
+            call fits; tensors in it that are tensors of ``state_dict`` stay as they are. None: allocate them.
         backend: "triton": kernels, and torch on the same device for copies that no kernel fits. "torch": torch only.
             "auto": "triton" for tensors on one GPU on which Triton can run, else "torch".
 
@@ -83,8 +87,8 @@ def convert_state_dict(
 
     Raises:
         NameProblems: names or shapes do not fit; lists all of them.
-        ConversionError: a tensor of ``out`` is missing, does not fit, or shares memory with a source or another tensor
-            of ``out``; or the tensors are on several devices and ``out`` is not given.
+        ConversionError: a tensor of ``out`` is missing, does not fit, or shares memory with another one or a source
+            (unless it is that source, unchanged); or the tensors are on several devices and ``out`` is not given.
         UnsupportedError: a layout or backend is unknown, "triton" is given for tensors that kernels cannot access, a
             tensor is distributed, or the model or ``state_dict`` has PEFT adapters.
 
@@ -134,7 +138,8 @@ def revert_state_dict(
         layout: layout of the experts in ``state_dict``: "transformers", "nemo", "gpt_oss" or "vllm". None: the layout
             of the model's own parameters.
         reference: path of a checkpoint whose names to restore exactly. Only its headers are read.
-        out: tensors to write, by target name. Each target needs one, of its shape and dtype. None: allocate them.
+        out: tensors to write, by target name. Each target needs one, of its shape and dtype. The result of an earlier
+            call fits; tensors in it that are tensors of ``state_dict`` stay as they are. None: allocate them.
         backend: "triton": kernels, and torch on the same device for copies that no kernel fits. "torch": torch only.
             "auto": "triton" for tensors on one GPU on which Triton can run, else "torch".
 
@@ -148,8 +153,8 @@ def revert_state_dict(
         UnsupportedError: grouped experts have names that the rules do not match, a layout or backend is unknown,
             "triton" is given for tensors that kernels cannot access, a tensor is distributed, or the model or
             ``state_dict`` has PEFT adapters.
-        ConversionError: a tensor of ``out`` is missing, does not fit, or shares memory with a source or another tensor
-            of ``out``; or the tensors are on several devices and ``out`` is not given.
+        ConversionError: a tensor of ``out`` is missing, does not fit, or shares memory with another one or a source
+            (unless it is that source, unchanged); or the tensors are on several devices and ``out`` is not given.
 
     Example:
         >>> import torch
@@ -202,7 +207,7 @@ def _run(
     if out is not None:
         convert_tensors(plan, sources, out, backend=backend)
         return {target.name: out[target.name] for target in plan.targets}
-    unchanged = {target.name: sources[target.sources[0]] for target in plan.targets if _is_unchanged(plan, target)}
+    unchanged = {target.name: sources[target.sources[0]] for target in plan.targets if is_unchanged(plan, target)}
     converted = [target for target in plan.targets if target.name not in unchanged]
     device = sources[0].device if sources else torch.device("cpu")
     if any(source.device != device for source in sources):
@@ -217,11 +222,3 @@ def _run(
         NewMemory(list(buffers.values())).populate_all(cores())
     convert_tensors(CopyPlan(plan.sources, tuple(converted), plan.rules), sources, buffers, backend=backend)
     return {target.name: unchanged.get(target.name, buffers.get(target.name)) for target in plan.targets}  # type: ignore[misc]
-
-
-def _is_unchanged(plan: CopyPlan, target: Target) -> bool:
-    """Whether the target is one whole source, unchanged."""
-    if len(target.sources) != 1 or target.fallback is not None:
-        return False
-    row = target.sources[0]
-    return target.is_whole and (plan.sources.dtypes[row], plan.sources.shapes[row]) == (target.dtype, target.shape)

@@ -23,6 +23,7 @@ from automodel_conv.distributed.placements import local_of, meshes_of
 from automodel_conv.doors import door
 from automodel_conv.dtypes import dtype_code
 from automodel_conv.errors import UnsupportedError, kind_of, message
+from automodel_conv.execution.report_text import Row, cost_rows, count_row, memory_row, text_of
 from automodel_conv.execution.tensor_slabs import LocalTensor, tensor_slabs
 from automodel_conv.execution.writing import split_scratch, write_slabs
 from automodel_conv.files.checkpoint import open_checkpoint, open_downloaded
@@ -50,7 +51,7 @@ DEFAULT_SCRATCH_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class SaveReport:
-    """The outcome of ``save_checkpoint``.
+    """The outcome of ``save_checkpoint``; ``print`` shows it.
 
     Attributes:
         files: names of the weight files, in the order of their numbers.
@@ -83,6 +84,18 @@ class SaveReport:
     def gb_per_s(self) -> float:
         """10^9 bytes written per second."""
         return self.bytes_written / self.seconds / 1e9 if self.seconds else 0.0
+
+    def __str__(self) -> str:
+        return text_of(
+            [
+                Row("files", str(len(self.files))),
+                *cost_rows("written", self.bytes_written, self.gb_per_s),
+                Row("seconds", f"{self.seconds:.3f}"),
+                memory_row(self.peak_extra_bytes),
+                count_row("carried as they are", self.carried),
+                count_row("left out", self.left_out),
+            ]
+        )
 
 
 @door("saving")

@@ -213,8 +213,6 @@ def convert(
         command = "the same command" if resume else "the same command, with --resume,"
         typer.echo(f"interrupted: {command} continues with the unfinished files", err=True)
         raise typer.Exit(130) from None
-    if report.was_complete:
-        typer.echo("this conversion was complete already: it was compared with the source, and nothing was written")
     print_table(converted_table(report, verify))
     print_names(report.carried, report.left_out)
 

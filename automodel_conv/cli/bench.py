@@ -11,6 +11,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -83,6 +84,8 @@ class Bench:
     """The system's setting for huge pages: "always", "madvise" or "never"; None if it has no such setting."""
     memory_bytes: int
     """Memory of the machine."""
+    dropped: bool = False
+    """Whether the system was asked to drop the files from the page cache before the first read."""
 
     @property
     def threads(self) -> int:
@@ -139,6 +142,8 @@ def bench(
         for source in checkpoint.sources:
             with opened(source) as file:
                 if (fd := file.descriptor()) is not None:
+                    with suppress(OSError):  # only bytes that are on the disk can be dropped
+                        system.sync(fd)
                     system.drop_cache(fd)
     cached = _cached(reads, checkpoint)
     counts = _counts(default_threads(), most_threads)
@@ -176,6 +181,7 @@ def bench(
         touch_small_gb_per_s=_touch_gb_per_s(huge=False),
         huge_pages=_huge_pages(),
         memory_bytes=memory,
+        dropped=drop_cache,
     )
 
 

@@ -44,7 +44,11 @@ DequantizeOption = Annotated[
 ]
 DropOption = Annotated[
     list[str] | None,
-    typer.Option(metavar="PATTERN", help="Leave out tensors with matching names, such as 'mtp.*'. May be repeated."),
+    typer.Option(
+        metavar="PATTERN",
+        help="Leave out tensors with matching names, such as 'model.layers.61.*'. An error if none match. "
+        "May be repeated.",
+    ),
 ]
 ModelOption = Annotated[
     bool,

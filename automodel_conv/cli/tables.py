@@ -5,6 +5,7 @@ Importing this module does not import torch, which the demo would wait for.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from automodel_conv.cli.forecast import Forecast
     from automodel_conv.converting import ConvertReport
     from automodel_conv.execution.report import LoadReport
+    from automodel_conv.execution.report_text import Row
+
+# Shares of bytes in the page cache below this count as none, and above 1 minus this as all.
+_SOME = 0.1
 
 
 def two_columns(caption: str | None = None) -> Table:
@@ -30,18 +35,17 @@ def two_columns(caption: str | None = None) -> Table:
 
 def converted_table(report: ConvertReport, verified: bool) -> Table:
     """Return the table of a conversion."""
+    from automodel_conv.converting import converted_rows
+
     compared = "; the output was read back and compared" if verified else ""
     table = two_columns(f"seconds include imports and planning{compared}")
-    table.add_row("files", str(len(report.files)))
-    table.add_row("finished by an earlier call", str(report.files_resumed))
-    table.add_row("written", f"{report.bytes_written / 1e9:.3f} GB")
-    table.add_row("speed", f"{report.gb_per_s:.2f} GB/s")
-    table.add_row("seconds", f"{report.seconds:.3f}")
-    table.add_row("peak extra memory, at most", f"{report.peak_extra_bytes / 2**20:.1f} MiB")
-    table.add_row("carried as they are", str(len(report.carried)))
-    table.add_row("left out", str(len(report.left_out)))
-    table.add_row("other files copied", f"{len(report.files_copied)} files")
+    _add_rows(table, converted_rows(report))
     return table
+
+
+def _add_rows(table: Table, rows: Iterable[Row]) -> None:
+    for row in rows:
+        table.add_row(row.label, row.value)
 
 
 def mesh_table(costs: Forecast) -> Table:
@@ -69,26 +73,11 @@ def mesh_table(costs: Forecast) -> Table:
 
 def report_table(report: LoadReport, tensors: int) -> Table:
     """Return the table of a load."""
+    from automodel_conv.execution.report import load_rows
+
     table = two_columns("plan includes importing transformers, if needed")
     table.add_row("tensors", str(tensors))
-    table.add_row("read", f"{report.bytes_read / 1e9:.3f} GB")
-    table.add_row("speed", f"{report.gb_per_s:.2f} GB/s")
-    for phase, seconds in report.seconds.items():
-        table.add_row(f"seconds: {phase}", f"{seconds:.3f}")
-    table.add_row("peak extra memory, at most", f"{report.peak_extra_bytes / 2**20:.1f} MiB")
-    table.add_row("threads, at most", str(report.threads))
-    if report.pages is not None:
-        table.add_row("new memory", str(report.pages))
-    table.add_row("computed by transformers' own code", str(len(report.fallbacks)))
-    if report.copied_by_kernels or report.copied_by_torch:
-        table.add_row("copies on the device by kernels", str(report.copied_by_kernels))
-        table.add_row("copies on the device by torch", str(report.copied_by_torch))
-    if report.without_kernels is not None:
-        table.add_row("no kernels, because", report.without_kernels)
-    table.add_row("missing", str(len(report.missing_keys)))
-    table.add_row("unexpected", str(len(report.unexpected_keys)))
-    table.add_row("wrong shape", str(len(report.mismatched_keys)))
-    table.add_row("left out", str(len(report.left_out)))
+    _add_rows(table, load_rows(report))
     return table
 
 
@@ -122,21 +111,21 @@ def bench_tables(result: Bench) -> list[Table]:
     from automodel_conv.cli.bench import RUNS as BENCH_RUNS
 
     counts = two_columns()
-    cached = "unknown" if result.cached is None else f"{result.cached:.0%}"
     counts.add_row("files, tensors", f"{result.files}, {result.tensors}")
     counts.add_row("bytes that a load reads", f"{result.nbytes / 1e9:.3f} GB")
     counts.add_row("bytes timed", f"{result.sample_nbytes / 1e9:.3f} GB, {result.sample_targets} targets")
     counts.add_row("transposed, interleaved, cast or decoded", f"{result.scratch_nbytes / result.sample_nbytes:.0%}")
     counts.add_row("seconds to open, to plan", f"{result.open_seconds:.3f}, {result.plan_seconds:.3f}")
-    counts.add_row("share in the page cache at first", cached)
-    counts.add_row("first read", f"{result.sample_nbytes / 1e9 / result.first_seconds:.2f} GB/s")
+    counts.add_row("in the page cache before the first read", _cached_text(result))
+    first = f"{result.sample_nbytes / 1e9 / result.first_seconds:.2f} GB/s"
+    counts.add_row("first read", f"{first}{_origin_text(result.cached)}")
     touched = f"{result.touch_gb_per_s:.2f} GB/s in huge pages, {result.touch_small_gb_per_s:.2f} in small ones"
     counts.add_row("first write to new memory, one thread", touched)
     counts.add_row("setting for huge pages", result.huge_pages or "unknown")
     counts.add_row("pages chosen by loads", str(result.pages))
     size = "huge" if result.roof_has_huge_pages else "small"
     roof_note = f"roof: the bytes are only read into new memory, with pages of the faster size (mostly {size})"
-    caption = f"from the page cache, medians of {BENCH_RUNS}; {roof_note}"
+    caption = f"after the first read, so from the page cache; medians of {BENCH_RUNS}; {roof_note}"
     speeds = Table("threads", caption=caption)
     for title in ("roof, GB/s", "load, GB/s", "load, seconds", "of the roof"):
         speeds.add_column(title, justify="right")
@@ -150,3 +139,18 @@ def bench_tables(result: Bench) -> list[Table]:
             f"{roof / seconds:.2f}",
         )
     return [counts, speeds]
+
+
+def _cached_text(result: Bench) -> str:
+    if result.cached is None:
+        return "unknown: this system does not report it"
+    if not result.dropped:
+        return f"{result.cached:.0%}"
+    return f"{result.cached:.0%}, {'dropped' if result.cached < _SOME else 'though the system was asked to drop it'}"
+
+
+def _origin_text(cached: float | None) -> str:
+    """Return where bytes were read from, given the share of them in the page cache."""
+    if cached is None:
+        return ""
+    return " from the disk" if cached < _SOME else " from the page cache" if cached > 1 - _SOME else " from both"

@@ -35,8 +35,9 @@ def dropped_rows(names: Sequence[str], patterns: str | Iterable[str]) -> frozens
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         rows = [row for row, name in enumerate(names) if fnmatchcase(name, pattern)]
         if not rows:
-            expected = "a name, or a pattern such as 'mtp.*' or '*.layers.61.*'"
-            raise UnsupportedError(message("no tensor to drop has this name", expected=expected, found=repr(pattern)))
+            expected = "a whole name of the checkpoint, or a pattern such as 'model.layers.61.*'"
+            found = f"{pattern!r}; names of the checkpoint:\n{listing(names, 3)}"
+            raise UnsupportedError(message("no tensor to drop has this name", expected=expected, found=found))
         dropped.update(rows)
     return frozenset(dropped)
 

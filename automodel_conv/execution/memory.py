@@ -34,7 +34,8 @@ def convert_tensors(
     Args:
         plan: the plan to execute.
         sources: source tensors by row of the plan's sources, with any strides. Rows that no target reads are ignored.
-        buffers: buffers by target name, with the target's shape and dtype and any strides. Written in place.
+        buffers: buffers by target name, with the target's shape and dtype and any strides. Written in place. The
+            buffer of a target that is a whole source, unchanged, may be the source itself: nothing is copied then.
         backend: "torch", "triton" or "auto". "triton" runs kernels, and torch for the copies that no kernel supports.
             "auto" is "triton" if kernels run on the tensors' device, which they do not on a CPU.
 
@@ -52,13 +53,18 @@ def convert_tensors(
     tensors = {row: _checked_source(plan, row, sources[row]) for row in rows}
     outputs = [checked_buffer(target, buffers) for target in plan.targets]
     read = [_Operand(plan.sources.names[row], tensor, None) for row, tensor in tensors.items()]
-    written = [_Operand(target.name, output, target) for target, output in zip(plan.targets, outputs, strict=True)]
-    _raise_if_memory_is_shared([*read, *written], tensors)
+    # A buffer that is its own source is not written, so it counts only as a source in the check of shared memory.
+    to_write = [
+        (target, output)
+        for target, output in zip(plan.targets, outputs, strict=True)
+        if not (is_unchanged(plan, target) and _is_same_tensor(output, tensors[target.sources[0]]))
+    ]
+    _raise_if_memory_is_shared([*read, *(_Operand(t.name, output, t) for t, output in to_write)], tensors)
     use_kernels = uses_kernels(backend, [*tensors.values(), *outputs])
     copies_for = BufferCopies()
-    copies_by_target = [copies_for(target, output) for target, output in zip(plan.targets, outputs, strict=True)]
+    copies_by_target = [copies_for(target, output) for target, output in to_write]
     batch = CopyBatch()
-    for target, output, copies in zip(plan.targets, outputs, copies_by_target, strict=True):
+    for (target, output), copies in zip(to_write, copies_by_target, strict=True):
         if output.numel() and target.fallback is None:
             copies, reads = with_source_strides(copies, [tensors[row] for row in target.sources])
             for copy in copies:
@@ -67,6 +73,20 @@ def convert_tensors(
     for call in fallback_calls(plan):
         run_fallback(call, {row: tensors[row] for row in call.rows}, buffers)
     return counts
+
+
+def is_unchanged(plan: CopyPlan, target: Target) -> bool:
+    """Whether the target is one whole source, unchanged."""
+    if len(target.sources) != 1 or target.fallback is not None:
+        return False
+    row = target.sources[0]
+    return target.is_whole and (plan.sources.dtypes[row], plan.sources.shapes[row]) == (target.dtype, target.shape)
+
+
+def _is_same_tensor(buffer: Tensor, source: Tensor) -> bool:
+    """Whether both are the same elements in the same memory, so that a copy would change nothing."""
+    views = [(_memory_key(t), t.device, t.is_conj(), t.is_neg()) for t in (buffer, source)]
+    return views[0] == views[1]
 
 
 def _checked_source(plan: CopyPlan, row: int, tensor: Tensor) -> Tensor:
@@ -148,13 +168,15 @@ def _raise_unless_tied(first: _Operand, second: _Operand, sources: Mapping[int, 
     if first.target is None or second.target is None:
         source, buffer = (first, second) if first.target is None else (second, first)
         what = f"the buffer of {buffer.name} overlaps the memory of the source {source.name}"
+        do = "pass a buffer of its own, as torch.empty_like() creates; only an unchanged target may be its source"
     elif _memory_key(first.tensor) == _memory_key(second.tensor) and (
         _computation_key(first.target, sources) == _computation_key(second.target, sources)
     ):
         return
     else:
         what = "the buffers of {} and {} share memory".format(*sorted((first.name, second.name)))
-    raise ConversionError(message(what, do="pass buffers that share no memory"))
+        do = "pass buffers that share no memory"
+    raise ConversionError(message(what, do=do))
 
 
 def _computation_key(target: Target, sources: Mapping[int, Tensor]) -> tuple[object, ...]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from automodel_conv.execution.page_policy import PageUse
+from automodel_conv.execution.report_text import Row, cost_rows, count_row, memory_row, text_of
 from automodel_conv.execution.stats import LoadStats
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.plan import CopyPlan
@@ -18,7 +19,7 @@ from automodel_conv.planning.problems import Problems
 
 @dataclass(frozen=True)
 class LoadReport:
-    """The outcome of a load.
+    """The outcome of a load; ``print`` shows it.
 
     Attributes:
         missing_keys: names of targets that no source provided, except those that the model ignores or ties.
@@ -80,6 +81,32 @@ class LoadReport:
     def gb_per_s(self) -> float:
         """10^9 bytes read per second of the read phase, without mapped bytes."""
         return self.bytes_read / 1e9 / max(self.seconds["read"], 1e-9)
+
+    def __str__(self) -> str:
+        return text_of(load_rows(self))
+
+
+def load_rows(report: LoadReport) -> list[Row]:
+    """Return the rows of the report of a load. Rows of devices and of rare problems only if they are not empty."""
+    rows = cost_rows("read", report.bytes_read, report.gb_per_s)
+    rows += [Row("mapped", f"{report.bytes_mapped / 1e9:.3f} GB")] if report.bytes_mapped else []
+    rows += [Row(f"seconds: {phase}", f"{seconds:.3f}") for phase, seconds in report.seconds.items()]
+    rows += [memory_row(report.peak_extra_bytes), Row("threads, at most", str(report.threads))]
+    rows += [] if report.pages is None else [Row("new memory", str(report.pages))]
+    rows.append(count_row("computed by transformers' own code", report.fallbacks))
+    if report.copied_by_kernels or report.copied_by_torch:
+        rows.append(Row("copies on the device by kernels", str(report.copied_by_kernels)))
+        rows.append(Row("copies on the device by torch", str(report.copied_by_torch)))
+    rows += [] if report.without_kernels is None else [Row("no kernels, because", report.without_kernels)]
+    wrong = [f"{name}: {list(stored)}, not {list(own)} as in the model" for name, stored, own in report.mismatched_keys]
+    rows.append(count_row("missing", report.missing_keys))
+    rows.append(count_row("unexpected", report.unexpected_keys))
+    rows.append(count_row("wrong shape", wrong))
+    rows.append(count_row("left out", report.left_out))
+    several = [f"{name}: {', '.join(sources)}" for name, sources in report.duplicated_keys]
+    unindexed = [f"{name} of {file}" for name, file in report.unindexed]
+    rare = [count_row("claimed by several sources", several), count_row("unindexed", unindexed)]
+    return rows + [row for row in rare if row.names]
 
 
 class LoadedStateDict(dict[str, Tensor]):

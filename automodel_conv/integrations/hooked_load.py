@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from automodel_conv.errors import listing, printable
 from automodel_conv.execution.filling import Limits, fill
 from automodel_conv.execution.mapping import map_targets, mapped_or_new, without_targets
+from automodel_conv.execution.report_text import NAMES_SHOWN
 from automodel_conv.integrations.codes import refuse_codes
 from automodel_conv.integrations.hooked_files import unindexed_in
-from automodel_conv.integrations.hooked_plan import plan_load
+from automodel_conv.integrations.hooked_plan import ALL, plan_load
 from automodel_conv.integrations.hooked_squares import refuse_unplanned, transposed_squares
 from automodel_conv.integrations.quantizers import plain_load
 from automodel_conv.planning.resolve import resolve
@@ -35,6 +37,28 @@ class HookedLoad(NamedTuple):
     file and then by name."""
     bytes_mapped: int = 0
     """Bytes of ``lowered`` that were mapped instead of read (``memory_map=True``)."""
+
+    def __str__(self) -> str:
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.left.items():
+            by_reason.setdefault(reason, []).append(name)
+        kinds = [(f"by transformers: {reason}", names) for reason, names in by_reason.items()]
+        kinds.append(("left out: no parameter consumes them", [*self.left_out]))
+        kinds.append(
+            (
+                "not loaded: the index assigns them to another file or to none",
+                [f"{name} of {file}" for name, file in self.unindexed],
+            )
+        )
+        left = "all" if ALL in self.left else len(self.left)
+        lines = [f"{self.model}: {len(self.lowered)} converted by plan, {left} by transformers"]
+        lines += [f"  mapped: {self.bytes_mapped / 1e9:.3f} GB"] if self.bytes_mapped else []
+        for label, names in kinds:
+            if names == [ALL]:
+                lines.append(f"  {label}")
+            elif names:
+                lines.append(f"  {len(names)} {label}\n{listing(names, NAMES_SHOWN)}")
+        return printable("\n".join(lines))
 
 
 def wrap_converter(

@@ -29,7 +29,6 @@ from typing import Any
 from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.integrations.hooked_files import SafeOpen, wrap_index_reader
 from automodel_conv.integrations.hooked_load import HookedLoad, wrap_converter
-from automodel_conv.integrations.hooked_plan import ALL
 from automodel_conv.upstream.registry import transformers_available
 
 _CONVERT = "convert_and_load_state_dict_in_model"
@@ -47,17 +46,7 @@ class Acceleration:
     models should clear it."""
 
     def __str__(self) -> str:
-        lines = []
-        for load in self.loads:
-            left = "all" if ALL in load.left else len(load.left)
-            lines.append(f"{load.model}: {len(load.lowered)} converted by plan, {left} by transformers")
-            lines += [f"  {name}: {reason}" for name, reason in load.left.items()]
-            lines += [f"  {name} is left out: no parameter consumes it" for name in load.left_out]
-            lines += [
-                f"  {name} of {file}: not loaded: the index assigns it to another file or to none"
-                for name, file in load.unindexed
-            ]
-        return "\n".join(lines)
+        return "\n".join(map(str, self.loads))
 
 
 def install(memory_map: bool = False) -> Acceleration:

@@ -22,6 +22,9 @@ from automodel_conv.planning.copies import SourceTable, Target
 from automodel_conv.planning.plan_json import fields_of, text_of
 from automodel_conv.planning.proof import prove
 from automodel_conv.planning.regions import Part, Region, parts_of, whole
+from automodel_conv.planning.rule_text import rule_lines
+
+_TEXT_WIDTH = 100
 
 
 @dataclass(frozen=True)
@@ -209,10 +212,11 @@ class CopyPlan:
             row[0] += 1
             row[1] += len(target.sources)
             row[2] += target.nbytes
-        lines = [f"{'targets':>8} {'sources':>8} {'GB':>9}  {'execution':<14} rule"]
+        width = max([14, *(len(way) for _, way in rows)])
+        lines = [f"{'targets':>8} {'sources':>8} {'GB':>9}  {'execution':<{width}} rule"]
         for (rule, way), (targets, sources, size) in sorted(rows.items(), key=lambda item: -item[1][2]):
-            text = self.rules[rule] if rule >= 0 else "(name only)"
-            lines.append(f"{targets:>8} {sources:>8} {size / 1e9:>9.3f}  {way:<14} {text}")
+            row = f"{targets:>8} {sources:>8} {size / 1e9:>9.3f}  {way:<{width}} "
+            lines += _with_rule(row, self._rule_text(rule))
         lines.append(
             f"{len(self.targets):>8} {len(self.used_sources):>8} {self.bytes_written / 1e9:>9.3f}  "
             f"reads {self.bytes_read / 1e9:.3f} GB, {len(self.fallbacks)} targets by transformers' own code"
@@ -246,7 +250,7 @@ class CopyPlan:
         target = self.target(name)
         lines = [
             f"{target.name}  {target.dtype} {list(target.shape)}  {target.nbytes} bytes  ({self.execution_of(target)})",
-            f"  rule: {self.rules[target.rule] if target.rule >= 0 else '(name only)'}",
+            *_with_rule("  rule: ", self._rule_text(target.rule)),
         ]
         if target.fallback is not None:
             lines.append(f"  by transformers' own code, because {target.fallback.reason}")
@@ -258,6 +262,9 @@ class CopyPlan:
             written = _walk(piece.target_offset, box.shape, box.target_strides)
             lines.append(f"  {self._source_text(target.sources[piece.source])}{read} -> {written}")
         return "\n".join(lines)
+
+    def _rule_text(self, rule: int) -> str:
+        return self.rules[rule] if rule >= 0 else "(name only)"
 
     def _source_text(self, row: int) -> str:
         decode = self.sources.decodes.get(row)
@@ -479,6 +486,12 @@ class CopyPlan:
         plan = CopyPlan(**fields_of(text))
         plan.validate()
         return plan
+
+
+def _with_rule(start: str, rule: str) -> list[str]:
+    """Return lines with the text of a rule after ``start``."""
+    first, *others = rule_lines(rule, _TEXT_WIDTH - len(start))
+    return [start + first, *(" " * len(start) + line for line in others)]
 
 
 def _walk(offset: int, shape: Sequence[int], strides: Sequence[int]) -> str:

@@ -66,6 +66,8 @@ def test_a_conversion_counts_files_bytes_and_names(verified):
         ["1 files"],
     ]
     assert ("read back and compared" in caption(table)) == verified
+    assert str(report).count("\n") == 8 + 3  # the same rows, and a line for each name
+    assert str(report).endswith("y\n    z\nother files copied           1 files")
 
 
 def report(**changes):
@@ -143,7 +145,7 @@ def test_demo_shows_speed_and_exactness_of_each_way():
     assert rows(demo_table(different))["ours 1.0"][-1] == "no"
 
 
-def test_bench_shows_each_number_of_threads_with_its_roof():
+def measured(**changes):
     bench = Bench(
         files=2,
         tensors=9,
@@ -165,12 +167,35 @@ def test_bench_shows_each_number_of_threads_with_its_roof():
         huge_pages=None,
         memory_bytes=1 << 34,
     )
-    counts, speeds = tables.bench_tables(bench)
+    return replace(bench, **changes)
+
+
+@pytest.mark.parametrize(
+    ("cached", "dropped", "state", "first"),
+    [
+        (1.0, False, "100%", "0.50 GB/s from the page cache"),
+        (0.5, False, "50%", "0.50 GB/s from both"),
+        (0.0, False, "0%", "0.50 GB/s from the disk"),
+        (0.0, True, "0%, dropped", "0.50 GB/s from the disk"),
+        (1.0, True, "100%, though the system was asked to drop it", "0.50 GB/s from the page cache"),
+        (None, True, "unknown: this system does not report it", "0.50 GB/s"),
+    ],
+)
+def test_bench_shows_whether_the_first_read_was_from_the_disk(cached, dropped, state, first):
+    counts, speeds = tables.bench_tables(measured(cached=cached, dropped=dropped))
+    assert rows(counts)["in the page cache before the first read"] == [state]
+    assert rows(counts)["first read"] == [first]
+    assert caption(speeds).startswith("after the first read, so from the page cache")
+
+
+def test_bench_shows_each_number_of_threads_with_its_roof():
+    counts, speeds = tables.bench_tables(measured())
     found = rows(counts)
     assert found["files, tensors"] == ["2, 9"]
     assert found["transposed, interleaved, cast or decoded"] == ["25%"]
     assert found["first read"] == ["0.50 GB/s"]
-    assert found["share in the page cache at first"] == found["setting for huge pages"] == ["unknown"]
+    assert found["in the page cache before the first read"] == ["unknown: this system does not report it"]
+    assert found["setting for huge pages"] == ["unknown"]
     assert rows(speeds)["1"] == ["2.00", "1.00", "2.000", "0.50"]
     assert rows(speeds)["2 (default)"] == ["4.00", "3.20", "0.625", "0.80"]
     assert "mostly huge" in caption(speeds)

@@ -233,6 +233,45 @@ def test_buffer_in_the_memory_of_a_source_is_refused_and_both_are_named():
     assert_bytes_equal(memory, before)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_buffer_that_is_its_own_unchanged_source_is_left_as_it_is(backend):
+    memory = torch.arange(40, dtype=torch.float32)
+    before = memory.clone()
+    plan = one_to_one((10,), (2, 5), (10,))
+    sources = [memory[:10], memory[10:20].view(2, 5), torch.ones(10)]
+    buffers = {"t0": memory[:10], "t1": memory[10:20].view(2, 5), "t2": memory[30:]}
+    assert convert_tensors(plan, sources, buffers, backend=backend) in (CopyCounts(1, 0), CopyCounts(0, 1))
+    assert_bytes_equal(memory, torch.cat([before[:30], torch.ones(10)]))
+
+
+@pytest.mark.parametrize("other", ["part", "transposed", "buffer", "reordered"])
+def test_buffer_at_its_source_is_refused_unless_nothing_is_written(other):
+    memory = torch.arange(36, dtype=torch.float32)
+    before, square = memory.clone(), memory.view(6, 6)
+    plan, source, buffer, third = one_to_one((6, 6), (6, 6)), square, square, torch.empty(6, 6)
+    if other == "part":
+        plan, source, buffer = one_to_one((5, 6), (6, 6)), square[:5], square[1:]
+    elif other == "transposed":
+        buffer = square.t()
+    elif other == "buffer":
+        third = square  # both targets would be in the memory of the first source
+    else:
+        sources, swapped = table({"s0": square, "s1": square}), Operation("Transpose", (("dim0", 0), ("dim1", 1)))
+        plan = plan_of(
+            sources, target(sources, "t0", "F32", [["s0"]], [swapped]), target(sources, "t1", "F32", [["s1"]])
+        )
+    with pytest.raises(ConversionError, match="overlaps the memory of the source s0"):
+        convert_tensors(plan, [source, torch.ones(6, 6)], {"t0": buffer, "t1": third})
+    assert_bytes_equal(memory, before)
+
+
+def test_conjugate_view_of_a_source_is_not_the_source():
+    source = torch.tensor([1 + 2j, 3 - 4j], dtype=torch.complex64)
+    sources = table({"z": source})
+    with pytest.raises(ConversionError, match="overlaps the memory"):
+        convert_tensors(plan_of(sources, target(sources, "z", "C64", [["z"]])), [source], {"z": source.conj()})
+
+
 def test_small_buffer_inside_a_long_source_is_refused():
     memory = torch.arange(100, dtype=torch.float32)
     plan = one_to_one((100,), (2,), (2,))

@@ -1,5 +1,6 @@
 """Tests of the report of a load, which sums up all devices."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -85,3 +86,25 @@ def test_loaded_state_dict_is_a_dict_with_a_report(new_report):
     state.report = new_report()
     assert state.layout is None
     assert dict(state) == {"a": torch.ones(1)}
+
+
+def test_printed_report_has_bytes_seconds_and_the_names_of_each_problem(new_report):
+    done = new_report(mapped={"b": torch.ones(3)})
+    done.seconds.update(open=0.25, plan=0.5, read=7.0)  # type: ignore[attr-defined]
+    text = " ".join(str(done).split())
+    for words in (
+        "read 0.000 GB speed 0.00 GB/s mapped 0.000 GB seconds: open 0.250 seconds: plan 0.500 seconds: read 7.000",
+        "threads, at most 9 new memory no new memory of 4 MiB or more",
+        "copies on the device by kernels 5 copies on the device by torch 9 no kernels, because no compiler",
+        "missing 1 m unexpected 1 u wrong shape 1 x: [1], not [2] as in the model left out 1 spare",
+        "claimed by several sources 1 d: one, two",
+    ):
+        assert words in text
+    assert "unindexed" not in text
+    assert repr(done).startswith("LoadReport(missing_keys=('m',), ")
+
+
+def test_printed_report_of_many_names_is_short(new_report):
+    many = replace(new_report(), left_out=tuple(map(str, range(20_000))), pages=None)
+    assert len(str(many).splitlines()) < 30
+    assert "... and 19997 more" in str(many)

@@ -34,3 +34,28 @@ def test_a_load_that_fails_is_not_reported_as_done(tmp_path, monkeypatch):
         with pytest.raises(amc.ReadError):
             load(tmp_path, [joined()], **PARTS)
         assert done.loads == []
+
+
+def test_printed_report_groups_names_by_reason_and_is_short():
+    left = {f"layers.{layer}.w": "it is sharded while it is loaded" for layer in range(200)} | {"other": "no"}
+    text = str(hooked_load.HookedLoad("Toy", ("a", "b"), left, ("spare",), (("stale", "b.safetensors"),), 3 << 20))
+    assert text.splitlines() == [
+        "Toy: 2 converted by plan, 201 by transformers",
+        "  mapped: 0.003 GB",
+        "  200 by transformers: it is sharded while it is loaded",
+        "    layers.0.w",
+        "    layers.1.w",
+        "    layers.2.w",
+        "    ... and 197 more",
+        "  1 by transformers: no",
+        "    other",
+        "  1 left out: no parameter consumes them",
+        "    spare",
+        "  1 not loaded: the index assigns them to another file or to none",
+        "    stale of b.safetensors",
+    ]
+
+
+def test_printed_report_has_the_reason_if_nothing_is_planned():
+    text = str(hooked_load.HookedLoad("Toy", (), {hooked_load.ALL: "opened before install()"}))
+    assert text == "Toy: 0 converted by plan, all by transformers\n  by transformers: opened before install()"

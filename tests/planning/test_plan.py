@@ -34,6 +34,22 @@ def test_summary_matches_the_expected_text():
     assert experts_plan().summary() == SUMMARY
 
 
+def test_long_rules_of_summary_and_explain_have_several_lines():
+    sources = " + ".join(f"layers.*.mlp.experts.*.{part}_proj.weight" for part in ("gate", "up"))
+    rule = f"{sources} -> layers.*.mlp.experts.gate_up_proj: MergeModulelist(dim=0), Concatenate(dim=1)"
+    plan = replace(experts_plan(), rules=(rule, *experts_plan().rules[1:]))
+    assert plan.summary().splitlines()[1:5] == [
+        "       1        4     0.000  read           layers.*.mlp.experts.*.gate_proj.weight",
+        "                                              + layers.*.mlp.experts.*.up_proj.weight",
+        "                                              -> layers.*.mlp.experts.gate_up_proj:",
+        "                                                 MergeModulelist(dim=0), Concatenate(dim=1)",
+    ]
+    assert plan.explain("gate_up").splitlines()[1:3] == [
+        "  rule: layers.*.mlp.experts.*.gate_proj.weight",
+        "          + layers.*.mlp.experts.*.up_proj.weight",
+    ]
+
+
 def test_explain_names_every_source_and_its_region():
     assert experts_plan().explain("gate_up") == EXPLANATION
     assert transposing_plan().explain("w13") == EXPLAINED_SWAP

@@ -36,6 +36,7 @@ def test_repeated_complete_conversion_compares_and_writes_nothing(complete, veri
     before = {path: path.stat().st_mtime_ns for path in complete[1].iterdir()}
     report = again(*complete, verify=verify)
     assert report.was_complete
+    assert str(report).startswith("complete already             compared with the source; nothing was written\n")
     assert report.bytes_written == 0
     assert report.files_resumed == len(report.files) > 1
     assert {path: path.stat().st_mtime_ns for path in complete[1].iterdir()} == before

@@ -147,6 +147,18 @@ def test_every_target_needs_a_buffer_that_fits():
         amc.convert_state_dict(start, layout="nemo", out=wrong)
 
 
+def test_result_of_an_earlier_call_is_filled_by_the_next():
+    trainer = grouped() | {"norm": torch.ones(4)}
+    engine = amc.convert_state_dict(trainer, layout="nemo", source_layout="transformers")
+    assert engine["norm"] is trainer["norm"]
+    addresses = [tensor.data_ptr() for tensor in engine.values()]
+    for tensor in trainer.values():
+        tensor.mul_(0.5)
+    again = amc.convert_state_dict(trainer, layout="nemo", source_layout="transformers", out=engine)
+    assert [tensor.data_ptr() for tensor in again.values()] == addresses
+    assert_same(again, amc.convert_state_dict(trainer, layout="nemo", source_layout="transformers"))
+
+
 def test_a_buffer_in_the_memory_of_a_source_is_refused_before_anything_is_written():
     start = grouped()
     out = {name: torch.empty_like(t) for name, t in amc.convert_state_dict(start, layout="nemo").items()}
@@ -182,3 +194,10 @@ def test_backends_are_never_replaced_silently(front_door):
 def test_empty_state_dict_converts_to_an_empty_one():
     assert amc.convert_state_dict({}, layout="nemo") == {}
     assert amc.revert_state_dict({}, layout="nemo") == {}
+
+
+def test_printed_report_counts_and_names_what_is_left_out():
+    tensors = {f"layers.0.mlp.experts.{name}": torch.ones(2, 4, 4) for name in ("gate_up_proj", "down_proj")}
+    converted = amc.convert_state_dict(tensors, rules=[], source_layout="transformers", layout="nemo")
+    assert str(converted.report) == "left out  0"
+    assert "a\n    b" in str(type(converted.report)(("a", "b")))

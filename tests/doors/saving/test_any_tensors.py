@@ -123,3 +123,12 @@ def test_checksums_of_an_earlier_checkpoint_are_removed(tmp_path):
     (tmp_path / "training_args.bin").write_bytes(b"kept")
     amc.save_checkpoint({"a": torch.ones(2)}, tmp_path, rules=[])
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.safetensors", "training_args.bin"]
+
+
+def test_printed_report_has_files_bytes_and_names(tmp_path):
+    report = amc.save_checkpoint({"a": torch.ones(2, 3)}, tmp_path, rules=[])
+    lines = [line.split("  ")[0] for line in str(report).splitlines()]
+    assert lines == [
+        *("files", "written", "speed", "seconds", "peak extra memory, at most", "carried as they are", "left out"),
+    ]
+    assert repr(report).startswith("SaveReport(files=('model.safetensors',), ")
