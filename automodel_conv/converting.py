@@ -66,6 +66,8 @@ class ConvertReport:
         peak_extra_bytes: bound of the memory used.
         was_complete: whether the destination was complete already: it was compared with the source, and nothing was
             written.
+        kept_codes: names of the tensors that were written as codes, with their scales: ``dtype`` does not cast them,
+            and ``dequantize`` decodes them.
 
     Example:
         >>> import torch
@@ -90,6 +92,7 @@ class ConvertReport:
     seconds: float
     peak_extra_bytes: int
     was_complete: bool = False
+    kept_codes: tuple[str, ...] = ()
 
     @property
     def gb_per_s(self) -> float:
@@ -103,6 +106,7 @@ class ConvertReport:
 def converted_rows(report: ConvertReport) -> list[Row]:
     """Return the rows of the report of a conversion; those of rare cases only if they apply."""
     complete = Row("complete already", "compared with the source; nothing was written")
+    kept_codes = count_row("kept as codes", report.kept_codes)
     unindexed = count_row("unindexed", [f"{name} of {file}" for name, file in report.unindexed])
     return [
         *([complete] if report.was_complete else []),
@@ -114,6 +118,7 @@ def converted_rows(report: ConvertReport) -> list[Row]:
         count_row("carried as they are", report.carried),
         count_row("left out", report.left_out),
         *([unindexed] if unindexed.names else []),
+        *([kept_codes] if kept_codes.names else []),
         Row("other files copied", f"{len(report.files_copied)} files"),
     ]
 
@@ -258,6 +263,7 @@ def convert_checkpoint(
                 seconds=time.perf_counter() - began,
                 peak_extra_bytes=limits.scratch_bytes,
                 was_complete=True,
+                kept_codes=conversion.kept_codes,
             )
     with open_destination(directory, shards, work, resume=resume, index_name=conversion.naming.index_name) as place:
         unfinished = place.unfinished
@@ -311,6 +317,7 @@ def convert_checkpoint(
         files_copied=companions,
         seconds=time.perf_counter() - began,
         peak_extra_bytes=limits.scratch_bytes,
+        kept_codes=conversion.kept_codes,
     )
 
 

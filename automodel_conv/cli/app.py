@@ -26,9 +26,10 @@ from automodel_conv.cli.options import (
     dtype_named,
     show_progress,
 )
-from automodel_conv.cli.printing import print_names, print_table
+from automodel_conv.cli.printing import print_if_grouped, print_kept_codes, print_names, print_table
 from automodel_conv.cli.words import Commands
 from automodel_conv.errors import UnknownTarget
+from automodel_conv.planning.layouts import PER_EXPERT
 
 if TYPE_CHECKING:
     from automodel_conv.cli.demo import DemoModel
@@ -196,7 +197,7 @@ def convert(
         "max_shard_size": max_shard_size,
     }
     if dry_run:
-        print_dry_run(compile_conversion(source, **arguments), destination)
+        print_dry_run(compile_conversion(source, **arguments), destination, dtype)
         return
     try:
         report = automodel_conv.convert_checkpoint(
@@ -215,6 +216,10 @@ def convert(
         raise typer.Exit(130) from None
     print_table(converted_table(report, verify))
     print_names(report.carried, report.left_out)
+    print_kept_codes(report.kept_codes, dtype)
+    if layout == PER_EXPERT:
+        written = automodel_conv.open_checkpoint(destination)
+        print_if_grouped(written.names, written.directory)
 
 
 @app.command()

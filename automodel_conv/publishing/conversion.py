@@ -27,7 +27,8 @@ from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.files.config import quantization
 from automodel_conv.files.remote import refuse_url
 from automodel_conv.files.shards import Naming, Shard, divide, parse_size
-from automodel_conv.planning.code_names import has_codes
+from automodel_conv.planning.code_names import has_codes, names_of_codes
+from automodel_conv.planning.composition import table_of
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.kept_codes import keep_codes
 from automodel_conv.planning.layouts import PER_EXPERT, get_layout, holds_grouped_experts
@@ -61,6 +62,11 @@ class Conversion:
     def left_out(self) -> tuple[str, ...]:
         """Names of source tensors that are not converted: dropped, or, if codes are decoded, activation scales."""
         return self.checkpoint.left_out(self.plan.unused_sources)
+
+    @property
+    def kept_codes(self) -> tuple[str, ...]:
+        """Names of the tensors that are written as codes, with scales next to them."""
+        return names_of_codes(table_of(self.plan.targets))
 
     @property
     def bytes_needed(self) -> int:
