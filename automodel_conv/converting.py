@@ -37,6 +37,7 @@ from automodel_conv.files.config import CONFIG_NAME, MODELOPT_NAME, plain_config
 from automodel_conv.files.destination import open_destination
 from automodel_conv.files.finished import is_finished
 from automodel_conv.files.remote import local_path
+from automodel_conv.files.resuming import OPTIONS_KEY
 from automodel_conv.files.shards import index_of
 from automodel_conv.files.source import Identity, LocalFile
 from automodel_conv.files.staging import remove_leftovers
@@ -224,6 +225,7 @@ def convert_checkpoint(
     """
     began = time.perf_counter()
     directory = local_path(destination)
+    drop = [drop] if isinstance(drop, str) else list(drop)
     opened = open_downloaded(source, companions=True)
     with while_importing(opened) if rules is None else nullcontext():
         conversion = compile_conversion(
@@ -240,7 +242,22 @@ def convert_checkpoint(
     limits = split_scratch(threads, DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes, reads_files=True)
     state = _identities(checkpoint)
     config = plain_config(checkpoint.directory) if dequantize else None
-    work = {"source files": state, "tensors": _digest(conversion), "files": [shard.name for shard in shards]}
+    options = {
+        "source": os.path.abspath(checkpoint.path),
+        "rules": rules if rules is None or rules == [] else "other rules",
+        "layout": layout,
+        "source_layout": source_layout,
+        "dtype": dtype,
+        "dequantize": dequantize,
+        "drop": drop,
+        "max_shard_size": max_shard_size,
+    }
+    work = {
+        OPTIONS_KEY: {name: repr(value) for name, value in options.items()},
+        "source files": state,
+        "tensors": _digest(conversion),
+        "files": [shard.name for shard in shards],
+    }
     plan = conversion.plan
     file_slabs = FileSlabs(checkpoint, plan.targets, places_in(shards, plan.targets), plan.sources.decodes, limits)
     texts = {} if config is None else {CONFIG_NAME: config}
