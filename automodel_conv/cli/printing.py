@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+def count_of(number: int, noun: str) -> str:
+    """Return a number with its noun: "1 file", "2 files"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def print_names(carried: tuple[str, ...], left_out: tuple[str, ...]) -> None:
     """Print the names of tensors that were not converted."""
     if carried:

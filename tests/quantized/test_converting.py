@@ -99,6 +99,23 @@ def test_command_states_that_a_type_is_published_with_grouped_experts(tmp_path, 
     assert "gpt_oss is published with grouped experts: per_expert leaves them grouped" in result.stdout
 
 
+@pytest.mark.parametrize("layout", [None, "per_expert"])
+@pytest.mark.parametrize("decoded", [False, True])
+def test_verifying_with_other_options_suggests_to_decode(tmp_path, decoded, layout):
+    quantized("qwen3_moe", tmp_path / "quantized")
+    amc.convert_checkpoint(tmp_path / "quantized", tmp_path / "made", layout=layout, dequantize=decoded)
+    with pytest.raises(amc.VerificationError) as error:
+        amc.verify_checkpoint(tmp_path / "quantized", tmp_path / "made", layout=layout, dequantize=not decoded)
+    found = "BF16 instead of codes suggests" if decoded else "codes instead of values suggest"
+    assert f"drop=; {found} dequantize={decoded}\n" in str(error.value)
+    command = ["verify", str(tmp_path / "quantized"), str(tmp_path / "made"), *(["--layout", layout] if layout else [])]
+    result = CliRunner().invoke(app, [*command, *([] if decoded else ["--dequantize"])])
+    assert result.exit_code == 1
+    options = "--no-model, --layout, --dtype, --dequantize, --drop"
+    option = "--dequantize" if decoded else "leaving --dequantize out"
+    assert f"do:       pass the options of the conversion: {options}; {found} {option}\n" in result.stderr
+
+
 def test_wrong_value_is_detected(tmp_path):
     quantized("qwen3_moe", tmp_path / "quantized")
     what = {"layout": "per_expert", "dequantize": True}
