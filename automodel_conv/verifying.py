@@ -176,10 +176,10 @@ def _compare_headers(plan: CopyPlan, other: Checkpoint) -> None:
     wanted = {target.name: (target.dtype, target.shape) for target in plan.targets}
     rows = zip(other.names, other.dtypes, other.shapes, strict=True)
     found = {name: (dtype, tuple(shape)) for name, dtype, shape in rows}
-    lines = [f"{name}: missing" for name in wanted if name not in found]
-    lines += [f"{name}: not in the source" for name in found if name not in wanted]
     differing = [name for name in wanted if name in found and found[name] != wanted[name]]
-    lines += [f"{name}: {_form(found[name])} instead of {_form(wanted[name])}" for name in differing]
+    lines = [f"{name}: {_form(found[name])} instead of {_form(wanted[name])}" for name in differing]
+    lines += [f"{name}: missing" for name in wanted if name not in found]
+    lines += [f"{name}: not in the source" for name in found if name not in wanted]
     if lines:
         options = "pass the options of the conversion: {rules}, {layout=}, {dtype=}, {dequantize=}, {drop=}"
         raise VerificationError(
