@@ -13,7 +13,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -42,8 +42,30 @@ class Hub:
     token: str | None = None
     """Token that a reader must send; None if anyone may read."""
     takes_ranges: bool = True
-    requests: list[Request] = field(default_factory=list)
     url: str = ""
+    _requests: list[Request] = field(default_factory=list)
+    _answers: threading.Condition = field(default_factory=threading.Condition)
+    _unfinished: int = 0
+    """Number of answers that are being sent."""
+
+    @property
+    def requests(self) -> list[Request]:
+        """All requests so far. A client may have an answer a moment before it is recorded, so this waits for that."""
+        with self._answers:
+            assert self._answers.wait_for(lambda: not self._unfinished, timeout=60)
+            return self._requests
+
+    @contextmanager
+    def answering(self) -> Iterator[Callable[[Request], None]]:
+        """Yield the function that records a request, while its answer is sent."""
+        with self._answers:
+            self._unfinished += 1
+        try:
+            yield self._requests.append
+        finally:
+            with self._answers:
+                self._unfinished -= 1
+                self._answers.notify_all()
 
     @property
     def sent(self) -> int:
@@ -160,18 +182,19 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, status: int, headers: dict[str, str], body: Path | bytes | None, start: int, stop: int | None):
         """Send a part of a body, or only its length, and record what was sent."""
         size = len(body) if isinstance(body, bytes) else (stop or 0) - start
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(size))
-        self.end_headers()
-        sent = 0
-        if body is not None and self.command == "GET":
-            with suppress(ConnectionError):  # a client that has enough closes the connection
-                for part in [body] if isinstance(body, bytes) else _parts(body, start, size):
-                    self.wfile.write(part)
-                    sent += len(part)
-        self.hub.requests.append(Request(self.command, self.path, self.headers.get("Range"), sent))
+        with self.hub.answering() as record:
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(size))
+            self.end_headers()
+            sent = 0
+            if body is not None and self.command == "GET":
+                with suppress(ConnectionError):  # a client that has enough closes the connection
+                    for part in [body] if isinstance(body, bytes) else _parts(body, start, size):
+                        self.wfile.write(part)
+                        sent += len(part)
+            record(Request(self.command, self.path, self.headers.get("Range"), sent))
 
 
 def _parts(path: Path, start: int, nbytes: int) -> Iterator[bytes]:

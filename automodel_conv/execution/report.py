@@ -87,7 +87,7 @@ class LoadReport:
 
 
 def load_rows(report: LoadReport) -> list[Row]:
-    """Return the rows of the report of a load. Rows of devices and of rare problems only if they are not empty."""
+    """Return the rows of the report of a load, those of devices and of rare problems only if they are not empty."""
     rows = cost_rows("read", report.bytes_read, report.gb_per_s)
     rows += [Row("mapped", f"{report.bytes_mapped / 1e9:.3f} GB")] if report.bytes_mapped else []
     rows += [Row(f"seconds: {phase}", f"{seconds:.3f}") for phase, seconds in report.seconds.items()]

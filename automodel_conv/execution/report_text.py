@@ -39,7 +39,10 @@ def memory_row(nbytes: int) -> Row:
 
 
 def text_of(rows: Iterable[Row]) -> str:
-    """Return rows as lines with aligned values; below a row, its first names. Safe to print, whatever the names."""
+    """Return rows as lines with aligned values and, below a row, its first names.
+
+    The text is safe to print, whatever the names contain.
+    """
     rows = list(rows)
     width = max(len(row.label) for row in rows)
     lines = []

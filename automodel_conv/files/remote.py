@@ -71,11 +71,8 @@ class SmallFiles:
             weakref.finalize(self, _remove, self.folder)
             for name, data in files.items():
                 path = os.path.join(self.folder, name)
-                fd = system.create(path)
-                try:
-                    write_exactly(fd, [memoryview(data)], 0, path)
-                finally:
-                    system.close(fd)
+                with system.create(path) as file:
+                    write_exactly(file.fileno(), [memoryview(data)], 0, path)
 
 
 def _remove(folder: str) -> None:

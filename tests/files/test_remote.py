@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import automodel_conv as amc
-from automodel_conv.cli import demo
+from automodel_conv.cli.demo import TINY
+from automodel_conv.cli.demo_process import write_checkpoint
 from automodel_conv.errors import CheckpointError, ReadError, UnsupportedError, WriteError
 from automodel_conv.files.remote import find_folder
 from automodel_conv.integrations.dcp import HuggingFaceReader, HuggingFaceWriter
@@ -138,7 +139,7 @@ def moe(tmp_path_factory):
     """Write a small model with experts."""
     pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("moe")
-    demo.write_checkpoint(demo.TINY, str(folder))
+    write_checkpoint(TINY, str(folder))
     return folder
 
 

@@ -50,10 +50,15 @@ class Trial:
 
     def install(self, root: Path) -> None:
         """Create the environment and install the wheel with its extra."""
-        requirement = f"automodel-conv[{self.extra}] @ {self.wheel.as_uri()}"
-        resolution = ["--resolution", "lowest-direct"] if self.lowest else []
         run("uv", "venv", "--quiet", "--python", self.python, root, cwd=root.parent)
-        run("uv", "pip", "install", "--quiet", *resolution, "--python", root, requirement, cwd=root.parent)
+        install = ("uv", "pip", "install", "--quiet", "--python", root)
+        if self.lowest:  # direct requirements only, so they are read from pyproject.toml
+            extra = ("--extra", self.extra) if self.extra else ()
+            lowest = ("--resolution", "lowest-direct", "--requirements", REPOSITORY / "pyproject.toml", *extra)
+            run(*install, *lowest, cwd=root.parent)
+            run(*install, "--no-deps", self.wheel, cwd=root.parent)
+        else:
+            run(*install, f"automodel-conv[{self.extra}] @ {self.wheel.as_uri()}", cwd=root.parent)
 
     def use(self, root: Path) -> str:
         """Use the package as its users do, and return the versions of what it needs."""
