@@ -37,6 +37,7 @@ from automodel_conv.files.config import CONFIG_NAME, MODELOPT_NAME, plain_config
 from automodel_conv.files.destination import open_destination
 from automodel_conv.files.finished import is_finished
 from automodel_conv.files.remote import local_path
+from automodel_conv.files.resuming import OPTIONS_KEY
 from automodel_conv.files.shards import index_of
 from automodel_conv.files.source import Identity, LocalFile
 from automodel_conv.files.staging import remove_leftovers
@@ -66,6 +67,8 @@ class ConvertReport:
         peak_extra_bytes: bound of the memory used.
         was_complete: whether the destination was complete already: it was compared with the source, and nothing was
             written.
+        kept_codes: names of the tensors that were written as codes, with their scales: ``dtype`` does not cast them,
+            and ``dequantize`` decodes them.
 
     Example:
         >>> import torch
@@ -90,6 +93,7 @@ class ConvertReport:
     seconds: float
     peak_extra_bytes: int
     was_complete: bool = False
+    kept_codes: tuple[str, ...] = ()
 
     @property
     def gb_per_s(self) -> float:
@@ -103,6 +107,7 @@ class ConvertReport:
 def converted_rows(report: ConvertReport) -> list[Row]:
     """Return the rows of the report of a conversion; those of rare cases only if they apply."""
     complete = Row("complete already", "compared with the source; nothing was written")
+    kept_codes = count_row("kept as codes", report.kept_codes)
     unindexed = count_row("unindexed", [f"{name} of {file}" for name, file in report.unindexed])
     return [
         *([complete] if report.was_complete else []),
@@ -114,6 +119,7 @@ def converted_rows(report: ConvertReport) -> list[Row]:
         count_row("carried as they are", report.carried),
         count_row("left out", report.left_out),
         *([unindexed] if unindexed.names else []),
+        *([kept_codes] if kept_codes.names else []),
         Row("other files copied", f"{len(report.files_copied)} files"),
     ]
 
@@ -219,6 +225,7 @@ def convert_checkpoint(
     """
     began = time.perf_counter()
     directory = local_path(destination)
+    drop = [drop] if isinstance(drop, str) else list(drop)
     opened = open_downloaded(source, companions=True)
     with while_importing(opened) if rules is None else nullcontext():
         conversion = compile_conversion(
@@ -235,7 +242,22 @@ def convert_checkpoint(
     limits = split_scratch(threads, DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes, reads_files=True)
     state = _identities(checkpoint)
     config = plain_config(checkpoint.directory) if dequantize else None
-    work = {"source files": state, "tensors": _digest(conversion), "files": [shard.name for shard in shards]}
+    options = {
+        "source": os.path.abspath(checkpoint.path),
+        "rules": rules if rules is None or rules == [] else "other rules",
+        "layout": layout,
+        "source_layout": source_layout,
+        "dtype": dtype,
+        "dequantize": dequantize,
+        "drop": drop,
+        "max_shard_size": max_shard_size,
+    }
+    work = {
+        OPTIONS_KEY: {name: repr(value) for name, value in options.items()},
+        "source files": state,
+        "tensors": _digest(conversion),
+        "files": [shard.name for shard in shards],
+    }
     plan = conversion.plan
     file_slabs = FileSlabs(checkpoint, plan.targets, places_in(shards, plan.targets), plan.sources.decodes, limits)
     texts = {} if config is None else {CONFIG_NAME: config}
@@ -258,6 +280,7 @@ def convert_checkpoint(
                 seconds=time.perf_counter() - began,
                 peak_extra_bytes=limits.scratch_bytes,
                 was_complete=True,
+                kept_codes=conversion.kept_codes,
             )
     with open_destination(directory, shards, work, resume=resume, index_name=conversion.naming.index_name) as place:
         unfinished = place.unfinished
@@ -311,6 +334,7 @@ def convert_checkpoint(
         files_copied=companions,
         seconds=time.perf_counter() - began,
         peak_extra_bytes=limits.scratch_bytes,
+        kept_codes=conversion.kept_codes,
     )
 
 

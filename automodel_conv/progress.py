@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+# Size assumed for a terminal that reports none, as that of ``script`` or of a container. tqdm would draw nothing.
+_USUAL_SIZE = {"ncols": 80, "nrows": 24}
 
 
 class SharedBar:
@@ -38,8 +43,17 @@ def shared_progress(description: str, enabled: bool) -> Iterator[SharedBar | boo
         return
     from tqdm import tqdm
 
-    with tqdm(total=0, desc=description, unit="B", unit_scale=True, unit_divisor=1000) as bar:
+    size = _USUAL_SIZE if _has_no_size(sys.stderr) else {}
+    with tqdm(total=0, desc=description, unit="B", unit_scale=True, unit_divisor=1000, **size) as bar:
         yield SharedBar(bar)
+
+
+def _has_no_size(stream: Any) -> bool:
+    """Return whether a stream is a terminal that reports 0 columns."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns == 0
+    except (AttributeError, OSError, ValueError):  # not a terminal, closed, or replaced by an object without a file
+        return False
 
 
 @contextmanager

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from automodel_conv.compiling.carrying import dropped_rows
 from automodel_conv.compiling.marks import stated_layout
 from automodel_conv.doors import door
+from automodel_conv.dtypes import FLOATING
 from automodel_conv.errors import (
     VerificationError,
     listing,
@@ -23,9 +24,24 @@ from automodel_conv.execution.writing import (
 )
 from automodel_conv.files.checkpoint import Checkpoint, open_downloaded, rows_by_file
 from automodel_conv.files.shards import Shard, Spec
+from automodel_conv.planning.code_names import names_of_codes
+from automodel_conv.planning.copies import SourceTable
+from automodel_conv.planning.layouts import holds_grouped_experts, layout_from_name
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.progress import bytes_progress
 from automodel_conv.publishing.conversion import DEFAULT_SCRATCH_BYTES, compile_conversion
+
+_Form = tuple[str, tuple[int, ...]]
+"""Dtype and shape of a tensor."""
+
+
+class Verified(NamedTuple):
+    """The outcome of a comparison without a difference."""
+
+    nbytes: int
+    """Size in bytes of all tensors compared."""
+    is_copy: bool
+    """Whether each tensor is one of the source, unchanged; see ``Conversion.is_copy``."""
 
 
 @door("verifying")
@@ -87,6 +103,38 @@ def verify_checkpoint(
         ...     verify_checkpoint(source, destination)
         24
     """
+    verified = compare_checkpoints(
+        source,
+        destination,
+        rules=rules,
+        layout=layout,
+        source_layout=source_layout,
+        dtype=dtype,
+        dequantize=dequantize,
+        drop=drop,
+        threads=threads,
+        scratch_bytes=scratch_bytes,
+        progress=progress,
+    )
+    return verified.nbytes
+
+
+@door("verifying")
+def compare_checkpoints(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    rules: Iterable[Any] | None = None,
+    layout: str | None = None,
+    source_layout: str | None = None,
+    dtype: torch.dtype | None = None,
+    dequantize: bool = False,
+    drop: str | Iterable[str] = (),
+    threads: int | None = None,
+    scratch_bytes: int | None = None,
+    progress: bool = False,
+) -> Verified:
+    """Compare as ``verify_checkpoint`` does, and also return whether the checkpoint is a copy of the source."""
     drop = [drop] if isinstance(drop, str) else list(drop)
     checkpoint, other = open_downloaded(source), open_downloaded(destination)
     if layout is None and rules is None:
@@ -114,7 +162,7 @@ def verify_checkpoint(
         for file in file_slabs.by_file:
             with file_slabs.opened(file) as slabs:
                 compare_file(slabs, other.sources[file], _file_of(other, file, rows[file]), limits.threads, advance)
-    return plan.bytes_written
+    return Verified(plan.bytes_written, conversion.is_copy)
 
 
 def _have_same_form(source: Checkpoint, other: Checkpoint, stated: str | None, drop: Iterable[str]) -> bool:
@@ -125,22 +173,67 @@ def _have_same_form(source: Checkpoint, other: Checkpoint, stated: str | None, d
 
 
 def _compare_headers(plan: CopyPlan, other: Checkpoint) -> None:
-    wanted = {target.name: f"{target.dtype} {list(target.shape)}" for target in plan.targets}
+    wanted = {target.name: (target.dtype, target.shape) for target in plan.targets}
     rows = zip(other.names, other.dtypes, other.shapes, strict=True)
-    found = {name: f"{dtype} {list(shape)}" for name, dtype, shape in rows}
-    lines = [f"{name}: missing" for name in wanted if name not in found]
+    found = {name: (dtype, tuple(shape)) for name, dtype, shape in rows}
+    differing = [name for name in wanted if name in found and found[name] != wanted[name]]
+    lines = [f"{name}: {_form(found[name])} instead of {_form(wanted[name])}" for name in differing]
+    lines += [f"{name}: missing" for name in wanted if name not in found]
     lines += [f"{name}: not in the source" for name in found if name not in wanted]
-    both = wanted.keys() & found.keys()
-    lines += [f"{n}: {found[n]} instead of {wanted[n]}" for n in wanted if n in both and found[n] != wanted[n]]
     if lines:
+        options = "pass the options of the conversion: {rules}, {layout=}, {dtype=}, {dequantize=}, {drop=}"
         raise VerificationError(
             message(
                 f"{len(lines)} tensors differ in name, dtype or shape",
                 where=other.path,
                 found="\n" + listing(lines),
-                do="check which layouts the two checkpoints are in",
+                do=[options, *_hints(wanted, found, stated_layout(other, None))],
             )
         )
+
+
+def _form(form: _Form) -> str:
+    dtype, shape = form
+    return f"{dtype} {list(shape)}"
+
+
+def _hints(wanted: Mapping[str, _Form], found: Mapping[str, _Form], stated: str | None) -> list[str]:
+    """Return which options of the conversion the names and dtypes of a checkpoint suggest.
+
+    Args:
+        wanted: dtype and shape of each tensor that the conversion would write.
+        found: dtype and shape of each tensor of the checkpoint.
+        stated: layout that the checkpoint states, if any.
+    """
+    codes = _codes_in(wanted)
+    differing = [name for name in wanted if name in found and found[name] != wanted[name]]
+    dtypes = {name: (found[name][0], wanted[name][0]) for name in differing if found[name][0] != wanted[name][0]}
+    hints = [f"{has} instead of codes suggests {{dequantize=True}}" for n, (has, _) in dtypes.items() if n in codes]
+    if dtypes.keys() & _codes_in(found):
+        hints.append("codes instead of values suggest {dequantize=False}")
+    hints += [
+        f"{has} instead of {wants} suggests {{dtype=}}"
+        for has, wants in dtypes.values()
+        if has in FLOATING and wants in FLOATING
+    ]
+    layout = stated or next(filter(None, (layout_from_name(name) for name in found)), None)
+    other_names = any(_is_of_experts(name) for name in found.keys() ^ wanted.keys())
+    other_shapes = any(holds_grouped_experts(name) and found[name][1] != wanted[name][1] for name in differing)
+    if other_names or other_shapes:
+        hints.append(f"experts in the layout {layout!r} suggest {{layout=}}" if layout else "experts suggest {layout=}")
+    elif not differing and found.keys() < wanted.keys():
+        hints.append("missing tensors suggest {drop=}")
+    return list(dict.fromkeys(hints))
+
+
+def _codes_in(forms: Mapping[str, _Form]) -> frozenset[str]:
+    table = SourceTable([*forms], [dtype for dtype, _ in forms.values()], [shape for _, shape in forms.values()])
+    return frozenset(names_of_codes(table))
+
+
+def _is_of_experts(name: str) -> bool:
+    """Return whether a tensor belongs to routed experts, grouped or not, and is not a scale of codes."""
+    return holds_grouped_experts(name) or (".experts." in name and name.endswith("weight"))
 
 
 def _file_of(checkpoint: Checkpoint, file: int, rows: Sequence[int]) -> Shard:

@@ -1,5 +1,6 @@
 """Progress bars: off by default, and one bar for tasks that run at the same time."""
 
+import os
 import sys
 import threading
 
@@ -40,6 +41,20 @@ def test_bar_of_its_own_counts_its_bytes_on_standard_error(capsys):
     assert out == ""
     assert "loading" in err
     assert "3.00M/3.00M" in err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="opens a terminal")
+def test_bar_is_drawn_on_a_terminal_that_reports_no_size(monkeypatch):
+    pytest.importorskip("tqdm")
+    ours, theirs = os.openpty()
+    assert os.get_terminal_size(theirs).columns == 0
+    with open(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        with bytes_progress(3_000_000, "loading", True) as advance:
+            advance(3_000_000)
+    drawn = os.read(ours, 4096).decode()
+    os.close(ours)
+    assert "3.00M/3.00M" in drawn
 
 
 def test_tasks_that_share_a_bar_add_their_sizes_to_its_total():

@@ -22,14 +22,16 @@ from automodel_conv.cli.options import (
     NewLayoutOption,
     PathArgument,
     ProgressOption,
+    SourceArgument,
     SourceLayoutOption,
     ThreadsOption,
     dtype_named,
     show_progress,
 )
-from automodel_conv.cli.printing import print_names, print_table
-from automodel_conv.cli.words import Commands
+from automodel_conv.cli.printing import count_of, print_if_grouped, print_kept_codes, print_names, print_table
+from automodel_conv.cli.words import Command, Commands
 from automodel_conv.errors import UnknownTarget
+from automodel_conv.planning.layouts import PER_EXPERT
 
 if TYPE_CHECKING:
     from automodel_conv.cli.demo import DemoModel
@@ -70,7 +72,7 @@ def _version(
         raise typer.Exit()
 
 
-@app.command()
+@app.command(cls=Command)
 def plan(
     path: PathArgument,
     layout: LayoutOption = None,
@@ -124,7 +126,7 @@ def plan(
             raise typer.BadParameter(str(error), param_hint="--json") from None
 
 
-@app.command()
+@app.command(cls=Command)
 def load(
     path: PathArgument,
     layout: LayoutOption = None,
@@ -162,10 +164,12 @@ def load(
     print_names((), loaded.report.left_out)
 
 
-@app.command()
+@app.command(cls=Command)
 def convert(
-    source: PathArgument,
-    destination: Annotated[str, typer.Argument(help="A directory that is new or contains no weights.")],
+    source: SourceArgument,
+    destination: Annotated[
+        str, typer.Argument(metavar="DESTINATION", help="A directory that is new or contains no weights.")
+    ],
     layout: NewLayoutOption = None,
     source_layout: SourceLayoutOption = None,
     dtype: NewDtypeOption = None,
@@ -197,7 +201,7 @@ def convert(
         "max_shard_size": max_shard_size,
     }
     if dry_run:
-        print_dry_run(compile_conversion(source, **arguments), destination)
+        print_dry_run(compile_conversion(source, **arguments), destination, dtype)
         return
     try:
         report = automodel_conv.convert_checkpoint(
@@ -216,14 +220,21 @@ def convert(
         raise typer.Exit(130) from None
     print_table(converted_table(report, verify))
     print_names(report.carried, report.left_out)
+    print_kept_codes(report.kept_codes, dtype)
+    if layout == PER_EXPERT:
+        written = automodel_conv.open_checkpoint(destination)
+        print_if_grouped(written.names, written.directory)
 
 
-@app.command()
+@app.command(cls=Command)
 def verify(
-    source: PathArgument,
+    source: SourceArgument,
     destination: Annotated[
         str | None,
-        typer.Argument(help="The converted checkpoint. Without it, the source is compared with its own checksums."),
+        typer.Argument(
+            metavar="DESTINATION",
+            help="The converted checkpoint. Without it, the source is compared with its own checksums.",
+        ),
     ] = None,
     layout: NewLayoutOption = None,
     source_layout: SourceLayoutOption = None,
@@ -238,13 +249,14 @@ def verify(
     from automodel_conv.execution.checksums import verify_checksums
     from automodel_conv.execution.cores import cores
     from automodel_conv.files.checkpoint import open_downloaded
+    from automodel_conv.verifying import compare_checkpoints
 
     if destination is None:
         checkpoint = open_downloaded(source)
         nbytes = verify_checksums(checkpoint, cores() if threads is None else threads)
-        typer.echo(f"{len(checkpoint.names)} tensors, {decimal(nbytes)}: all match their checksums")
+        typer.echo(f"{count_of(len(checkpoint.names), 'tensor')}, {decimal(nbytes)}: all match their checksums")
         return
-    nbytes = automodel_conv.verify_checkpoint(
+    verified = compare_checkpoints(
         source,
         destination,
         rules=None if model else [],
@@ -257,13 +269,12 @@ def verify(
         progress=show_progress(progress),
     )
     written = open_downloaded(destination)
-    typer.echo(
-        f"{len(written.names)} tensors in {len(written.files)} files, {decimal(nbytes)}: "
-        "all are bit-identical to a conversion of the source"
-    )
+    same = "the source" if verified.is_copy else "a conversion of the source"
+    tensors, files = count_of(len(written.names), "tensor"), count_of(len(written.files), "file")
+    typer.echo(f"{tensors} in {files}, {decimal(verified.nbytes)}: bit-identical to {same}")
 
 
-@app.command("bench")
+@app.command("bench", cls=Command)
 def measure(
     path: PathArgument,
     layout: LayoutOption = None,
@@ -295,7 +306,7 @@ def measure(
         typer.echo(text)
 
 
-@app.command("demo")
+@app.command("demo", cls=Command)
 def compare(
     directory: Annotated[
         Path | None, typer.Option(help="Directory for 1 GB of temporary files. Default: the system's.")

@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING
 import typer
 from rich.filesize import decimal
 
-from automodel_conv.cli.printing import print_names, print_table
+from automodel_conv.cli.printing import print_if_grouped, print_kept_codes, print_names, print_table
 from automodel_conv.errors import DestinationError, listing, message
 from automodel_conv.files.write_errors import no_room_error
+from automodel_conv.planning.layouts import PER_EXPERT
 
 if TYPE_CHECKING:
     from automodel_conv.publishing.conversion import Conversion
 
 
-def print_dry_run(conversion: Conversion, destination: str) -> None:
+def print_dry_run(conversion: Conversion, destination: str, dtype: str | None) -> None:
     """Print what a conversion would do, and raise if it could not be done.
 
     Raises:
@@ -37,10 +38,15 @@ def print_dry_run(conversion: Conversion, destination: str) -> None:
     table.add_row("free on the disk", decimal(room.free_bytes))
     table.add_row("carried as they are", str(len(conversion.carried)))
     table.add_row("left out", str(len(conversion.left_out)))
+    if conversion.kept_codes:
+        table.add_row("kept as codes", str(len(conversion.kept_codes)))
     if room.unfinished:
         table.add_row("unfinished work", "yes")
     print_table(table)
     print_names(conversion.carried, conversion.left_out)
+    print_kept_codes(conversion.kept_codes, dtype)
+    if conversion.naming.layout == PER_EXPERT:
+        print_if_grouped((target.name for target in plan.targets), conversion.checkpoint.directory)
     if room.existing_weights:
         raise DestinationError(
             message(

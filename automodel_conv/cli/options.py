@@ -20,6 +20,10 @@ PathArgument = Annotated[
         help="A directory, an index file, a .safetensors file, or org/name; for plan and load, also a URL.",
     ),
 ]
+SourceArgument = Annotated[
+    str,
+    typer.Argument(metavar="SOURCE", help="A directory, an index file, a .safetensors file, or org/name."),
+]
 LayoutOption = Annotated[
     str | None,
     typer.Option(help=f"Layout of the routed experts: {', '.join(LAYOUTS)}. Default: the model's."),

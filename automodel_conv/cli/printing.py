@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import typer
@@ -13,12 +14,38 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+def count_of(number: int, noun: str) -> str:
+    """Return a number with its noun: "1 file", "2 files"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def print_names(carried: tuple[str, ...], left_out: tuple[str, ...]) -> None:
     """Print the names of tensors that were not converted."""
     if carried:
         typer.echo(f"carried as they are, since the model has no place for them:\n{listing(carried)}")
     if left_out:
         typer.echo(f"left out:\n{listing(left_out)}")
+
+
+def print_if_grouped(names: Iterable[str], directory: str) -> None:
+    """Print that experts are grouped in the published form of a type, if they are.
+
+    Args:
+        names: names of the tensors in the published form.
+        directory: directory with the ``config.json`` of the model.
+    """
+    from automodel_conv.files.config import model_type_of
+    from automodel_conv.planning.layouts import PER_EXPERT, holds_grouped_experts
+
+    if any(map(holds_grouped_experts, names)):
+        model_type = model_type_of(directory) or "this model"
+        typer.echo(f"{model_type} is published with grouped experts: {PER_EXPERT} leaves them grouped")
+
+
+def print_kept_codes(kept_codes: tuple[str, ...], dtype: str | None) -> None:
+    """Print that a dtype does not apply to codes, if there are any."""
+    if kept_codes and dtype is not None:
+        typer.echo("--dtype casts neither codes nor their scales: --dequantize decodes them to it")
 
 
 def print_table(table: Table) -> None:

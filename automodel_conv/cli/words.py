@@ -1,4 +1,4 @@
-"""Error texts for the command line: the Python arguments that errors advise become options."""
+"""Texts of the command line: usage lines, and errors in which the Python arguments that they advise become options."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Container
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from automodel_conv.errors import ConversionError
 
 # Arguments as errors write them in braces (see ``errors.py``), and the options of the command line for them.
 IN_OPTIONS = {
     "checksums=True": "--checksums",
+    "dequantize=": "--dequantize",
     "dequantize=False": "leaving --dequantize out",
     "dequantize=True": "--dequantize",
     "drop=": "--drop",
@@ -35,6 +36,14 @@ IN_COMMANDS = {
     'convert_checkpoint(..., layout="per_expert")': "automodel-conv convert --layout per_expert",
     "convert_checkpoint(..., rules=[], dequantize=True)": "automodel-conv convert --no-model --dequantize",
 }
+
+
+class Command(TyperCommand):
+    """A command whose usage names required arguments without braces, as usual; newer versions of typer add braces."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        pieces = super().collect_usage_pieces(ctx)
+        return [piece[1:-1] if piece.startswith("{") and piece.endswith("}") else piece for piece in pieces]
 
 
 class Commands(TyperGroup):

@@ -61,6 +61,17 @@ def check_config(directory: str) -> None:
     _config(os.path.join(directory, CONFIG_NAME))
 
 
+def model_type_of(directory: str) -> str | None:
+    """Return the ``model_type`` that ``config.json`` states; None if it states none.
+
+    Raises:
+        CheckpointError: see ``quantization``.
+    """
+    config = _config(os.path.join(directory, CONFIG_NAME))
+    model_type = config.get("model_type") if isinstance(config, dict) else None
+    return model_type if isinstance(model_type, str) else None
+
+
 def plain_config(directory: str) -> bytes | None:
     """Return ``config.json`` without its quantization settings; None if the file does not exist.
 

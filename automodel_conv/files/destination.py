@@ -172,8 +172,8 @@ def open_destination(
         directory: path of the directory.
         shards: files that the work will write.
         work: JSON description of the work, by which a later call can resume it. If the directory holds unfinished work
-            of another description, the error names the keys that differ. None: the work cannot be resumed, and if it
-            fails, all of its files are removed.
+            of another description, the error names the options and keys that differ (see ``OPTIONS_KEY``). None: the
+            work cannot be resumed, and if it fails, all of its files are removed.
         resume: whether to continue unfinished work of the same description. Otherwise it is discarded.
         index_name: name of the index, if one will be written.
 

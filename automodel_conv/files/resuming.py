@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from automodel_conv.errors import DestinationError, listing, message
@@ -13,6 +13,10 @@ from automodel_conv.files.final_files import is_placed, remove_placed
 from automodel_conv.files.journal import JournalState, append_record
 from automodel_conv.files.shards import Shard, is_checkpoint
 from automodel_conv.files.staging import JOURNAL_NAME, LOCK_NAME, STAGING_NAME, remove_all
+
+OPTIONS_KEY = "options"
+"""Key of a description of work: the arguments of the call as Python would print them, by name. Work is the same if all
+other keys are equal, as an option may have several spellings. Older journals lack it."""
 
 
 def resume_or_discard(
@@ -38,8 +42,8 @@ def resume_or_discard(
     work = None if work is None else json.loads(json.dumps(work))
     finished: set[str] = set()
     if earlier.work is not None and (resume or work is None):
-        if earlier.work != work:
-            _refuse_other_work(directory, earlier.work, work or {})
+        if not _is_same_work(earlier.work, work):
+            _refuse_other_work(directory, earlier.work, work)
         finished = {shard.name for shard in shards if shard.name in earlier.finished and _is_whole(shard, directory)}
     placing = earlier.placing
     if not finished and not any(is_placed(directory, name, placing[name]) for name in list(placing)[-1:]):
@@ -67,26 +71,59 @@ def resume_or_discard(
     return finished
 
 
-def _refuse_other_work(directory: str, earlier: Mapping[str, Any], work: Mapping[str, Any]) -> None:
-    differences = list(_differences("", earlier, work))
+def _is_same_work(was: Mapping[str, Any], now: Mapping[str, Any] | None) -> bool:
+    """Return whether two descriptions are of the same work; options only explain a difference of the other keys."""
+    return now is not None and {**was, OPTIONS_KEY: None} == {**now, OPTIONS_KEY: None}
+
+
+def _refuse_other_work(directory: str, was: Mapping[str, Any], now: Mapping[str, Any] | None) -> None:
     raise DestinationError(
         message(
             "the directory holds unfinished work that differs from this one",
             where=os.path.join(directory, STAGING_NAME),
-            expected="\n" + listing(f"{key}: {_short(was)}" for key, was, _ in differences),
-            found="\n" + listing(f"{key}: {_short(now)}" for key, _, now in differences),
+            found="\n" + listing(_difference_lines(was, now)),
             do=["repeat the call that began it", "start again with {resume=False}", "remove that folder"],
         )
     )
 
 
-def _differences(key: str, was: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Yield the keys, including keys of nested objects, with both values where these differ."""
-    if isinstance(was, dict) and isinstance(now, dict):
-        for inner in sorted({*was, *now}):
-            yield from _differences(f"{key}, {inner}" if key else inner, was.get(inner), now.get(inner))
-    elif was != now:
-        yield key, was, now
+def _difference_lines(was: Mapping[str, Any], now: Mapping[str, Any] | None) -> list[str]:
+    """Return lines that state how the description of unfinished work differs from that of a call.
+
+    If options differ, lists and digests that differ because of them are not named.
+    """
+    options = was.get(OPTIONS_KEY)
+    if now is None:
+        return [f"begun with: {_options_text(options)}", "this call:  a save"]
+    now_options = now.get(OPTIONS_KEY)
+    names = _keys_that_differ(options, now_options)
+    lines = []
+    if names:
+        lines.append(f"begun with: {_options_text({name: options.get(name) for name in names})}")
+        lines.append(f"this call:  {_options_text({name: now_options.get(name) for name in names})}")
+    elif not isinstance(options, dict):
+        lines.append(f"begun with: {_options_text(options)}")
+    for key in sorted({*was, *now} - {OPTIONS_KEY}):
+        inner = _keys_that_differ(was.get(key), now.get(key))
+        if inner:
+            lines.append(f"{key} differ: {_short(', '.join(inner))}")
+        elif was.get(key) != now.get(key) and not names:
+            lines.append(f"{key} differ")
+    return lines
+
+
+def _options_text(options: Any) -> str:
+    """Return recorded options as arguments of a call."""
+    if not isinstance(options, dict):
+        return "options that are not recorded"
+    return ", ".join(f"{name}={_short(value)}" for name, value in options.items())
+
+
+def _keys_that_differ(was: Any, now: Any) -> list[str]:
+    """Return the keys of two objects with different values; none if one of both is not an object."""
+    if not isinstance(was, dict) or not isinstance(now, dict):
+        return []
+    return [key for key in sorted({*was, *now}) if was.get(key) != now.get(key)]
 
 
 def _short(value: object, limit: int = 200) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.files.header import read_header
+from automodel_conv.files.shards import LAYOUT_KEY
 from automodel_conv.files.source import LocalFile
 
 
@@ -52,12 +53,13 @@ def wrap_index_reader(list_files: Callable[..., Any], is_on: Callable[[], bool])
 
 
 class Slice:
-    """A lazy slice of safetensors that records its tensor and its file."""
+    """A lazy slice of safetensors that records its tensor, its file, and the layout of experts that the file states."""
 
     def __init__(self, lazy: Any, file: OpenFile, name: str):
         self._lazy = lazy
         self.path = file.path
         self.indexed = file.indexed
+        self.layout = file.layout
         self.name = name
 
     def __getitem__(self, index: Any) -> Tensor:
@@ -79,6 +81,7 @@ class OpenFile:
         self._file = file
         self.path = os.path.abspath(os.fspath(path))
         self.indexed = path if isinstance(path, IndexedPath) else None
+        self.layout: str | None = (file.metadata() or {}).get(LAYOUT_KEY)
 
     def keys(self) -> list[str]:
         names = list(self._file.keys())

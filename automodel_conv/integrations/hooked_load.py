@@ -17,6 +17,7 @@ from automodel_conv.integrations.codes import refuse_codes
 from automodel_conv.integrations.hooked_files import unindexed_in
 from automodel_conv.integrations.hooked_plan import ALL, plan_load
 from automodel_conv.integrations.hooked_squares import refuse_unplanned, transposed_squares
+from automodel_conv.integrations.marked import refuse_other_layouts
 from automodel_conv.integrations.quantizers import plain_load
 from automodel_conv.planning.resolve import resolve
 from automodel_conv.upstream.rules import RuleSet
@@ -85,6 +86,7 @@ def wrap_converter(
     def converted(model: Any, state_dict: dict[str, Any], load_config: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_on():
             return convert(model, state_dict, load_config, *args, **kwargs)
+        refuse_other_layouts(model, state_dict)
         unindexed = unindexed_in(state_dict)
         plain = plain_load(load_config.hf_quantizer, load_config.weight_mapping)
         objects = [rule for rule in plain.rules if rule is not None]

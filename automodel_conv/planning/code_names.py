@@ -51,6 +51,11 @@ def has_codes(table: SourceTable) -> str | None:
     return next((name for name, _ in _codes_with_parts(table)), None)
 
 
+def names_of_codes(table: SourceTable) -> tuple[str, ...]:
+    """Return the names of all tensors that look like codes with scales."""
+    return tuple(dict.fromkeys(name for name, _ in _codes_with_parts(table)))
+
+
 def parts_of_codes(table: SourceTable) -> frozenset[str]:
     """Return the names of all scales of codes, those of activations included.
 

@@ -27,8 +27,9 @@ from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.files.config import quantization
 from automodel_conv.files.remote import refuse_url
 from automodel_conv.files.shards import Naming, Shard, divide, parse_size
-from automodel_conv.planning.code_names import has_codes
-from automodel_conv.planning.copies import SourceTable
+from automodel_conv.planning.code_names import has_codes, names_of_codes
+from automodel_conv.planning.composition import table_of
+from automodel_conv.planning.copies import SourceTable, Target
 from automodel_conv.planning.kept_codes import keep_codes
 from automodel_conv.planning.layouts import PER_EXPERT, get_layout, holds_grouped_experts
 from automodel_conv.planning.plan import CopyPlan
@@ -61,6 +62,23 @@ class Conversion:
     def left_out(self) -> tuple[str, ...]:
         """Names of source tensors that are not converted: dropped, or, if codes are decoded, activation scales."""
         return self.checkpoint.left_out(self.plan.unused_sources)
+
+    @property
+    def kept_codes(self) -> tuple[str, ...]:
+        """Names of the tensors that are written as codes, with scales next to them."""
+        return names_of_codes(table_of(self.plan.targets))
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether each tensor is written with the name, dtype, shape and bytes of one source tensor."""
+        return all(self._is_copied(target) for target in self.plan.targets)
+
+    def _is_copied(self, target: Target) -> bool:
+        if target.fallback is not None or not target.is_whole or len(target.sources) != 1:
+            return False
+        [row] = target.sources
+        source = self.checkpoint.names[row], self.checkpoint.dtypes[row], self.checkpoint.shapes[row]
+        return row not in self.plan.sources.decodes and source == (target.name, target.dtype, target.shape)
 
     @property
     def bytes_needed(self) -> int:

@@ -200,7 +200,7 @@ def test_verify_names_the_first_element_that_differs(plain, tmp_path):
     assert run("convert", plain, new, "--no-model").exit_code == 0
     result = run("verify", plain, new)
     assert result.exit_code == 0, result.output
-    assert "2 tensors in 1 files" in result.stdout
+    assert result.stdout == "2 tensors in 1 file, 0.000 GB: bit-identical to the source\n"
     file = new / "model.safetensors"
     data = bytearray(file.read_bytes())
     data[-3] ^= 1
@@ -209,6 +209,41 @@ def test_verify_names_the_first_element_that_differs(plain, tmp_path):
     assert result.exit_code == 1
     assert result.stderr.startswith("error: b does not match its source\n")
     assert "[1] of F32 [2]" in result.stderr
+
+
+@needs_transformers
+def test_verify_states_whether_anything_was_converted(moe, tmp_path):
+    grouped, back, cast = tmp_path / "grouped", tmp_path / "back", tmp_path / "cast"
+    for source, new, options in (
+        (moe, grouped, ["--layout", "nemo"]),
+        (grouped, back, ["--layout", "per_expert"]),
+        (moe, cast, ["--layout", "per_expert", "--dtype", "float16"]),
+    ):
+        assert run("convert", source, new, *options).exit_code == 0
+    assert run("verify", moe, back, "--layout", "per_expert").stdout.endswith(": bit-identical to the source\n")
+    assert run("verify", moe, back).stdout.endswith(": bit-identical to the source\n")
+    for arguments in ((moe, grouped), (grouped, back), (moe, cast, "--dtype", "float16", "--layout", "per_expert")):
+        assert run("verify", *arguments).stdout.endswith(": bit-identical to a conversion of the source\n")
+
+
+def test_verify_counts_several_files(plain, tmp_path):
+    new = tmp_path / "new"
+    assert run("convert", plain, new, "--no-model", "--max-shard-size", "10B").exit_code == 0
+    assert run("verify", plain, new).stdout.startswith("2 tensors in 2 files, ")
+
+
+@pytest.mark.parametrize(
+    ("command", "usage"),
+    [
+        ("convert", "convert [OPTIONS] SOURCE DESTINATION"),
+        ("verify", "verify [OPTIONS] SOURCE [DESTINATION]"),
+        ("load", "load [OPTIONS] PATH"),
+        ("demo", "demo [OPTIONS]"),
+    ],
+)
+def test_usage_names_arguments_in_capitals_without_braces(command, usage):
+    lines = run(command, "--help").stdout.splitlines()
+    assert next(line for line in lines if "Usage:" in line).strip().endswith(usage)
 
 
 def test_verify_of_one_checkpoint_compares_checksums(plain, tmp_path):

@@ -34,7 +34,7 @@ def test_convert_and_back_restores_the_bytes_and_prints_a_report(moe, tmp_path):
     assert result.exit_code == 0, result.output
     result = run("verify", moe, back, "--no-model")
     assert result.exit_code == 0, result.output
-    assert "39 tensors in 1 files" in result.stdout
+    assert "39 tensors in 1 file," in result.stdout
 
 
 @needs_transformers

@@ -98,9 +98,9 @@ def test_unfinished_work_of_another_kind_is_refused_and_can_still_finish(forked,
     forked.run("convert", arguments=arguments_of(source, directory, "nemo"), signal="SIGKILL", call=call)
     before = everything(directory)
     other = partial(amc.convert_checkpoint, source, directory, **KINDS["transformers"])
-    error = assert_refused(other, DestinationError, "unfinished work that differs from this one", "tensors: ")
+    error = assert_refused(other, DestinationError, "begun with: layout='nemo'", "this call:  layout=None")
     assert "source files" not in str(error)
-    assert_refused(partial(amc.save_checkpoint, model, directory), DestinationError, "unfinished work", "tensors: ")
+    assert_refused(partial(amc.save_checkpoint, model, directory), DestinationError, "layout='nemo'", "a save")
     assert everything(directory) == before
     finish(source, directory, "nemo", wanted)
 

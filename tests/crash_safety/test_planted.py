@@ -49,7 +49,7 @@ FOUND_BY = {
     ),
     "unfinished work of another kind is resumed": (
         resuming,
-        "        if earlier.work != work:",
+        "        if not _is_same_work(earlier.work, work):",
         "        if False:",
         test_unfinished_work_of_another_kind_is_refused_and_can_still_finish,
         {"call": 40},

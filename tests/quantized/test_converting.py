@@ -1,6 +1,7 @@
 """Tests of converting quantized checkpoints: decoded in every layout, or with unchanged codes."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -57,6 +58,62 @@ def test_codes_of_single_experts_are_unchanged(tmp_path, name):
     amc.convert_checkpoint(tmp_path / "quantized", tmp_path / "made", layout="per_expert", max_shard_size="6KB")
     assert_same(tensors_of(tmp_path / "made"), tensors_of(tmp_path / "quantized"))
     assert amc.verify_checkpoint(tmp_path / "quantized", tmp_path / "made") > 0
+
+
+@pytest.mark.parametrize("layout", [None, "nemo", "per_expert"])
+def test_report_counts_tensors_that_stay_codes(tmp_path, layout):
+    """Check that a conversion with a dtype and without ``dequantize`` does not keep codes silently."""
+    quantized("qwen3_moe", tmp_path / "quantized")
+    what = {"layout": layout, "dtype": torch.bfloat16}
+    report = amc.convert_checkpoint(tmp_path / "quantized", tmp_path / "made", **what)
+    made = tensors_of(tmp_path / "made")
+    codes = {name for name, tensor in made.items() if tensor.dtype == torch.float8_e4m3fn}
+    assert set(report.kept_codes) == codes
+    assert re.search(rf"^kept as codes +{len(codes)}$", str(report), re.MULTILINE)
+    assert amc.convert_checkpoint(tmp_path / "quantized", tmp_path / "made", **what).kept_codes == report.kept_codes
+    report = amc.convert_checkpoint(tmp_path / "quantized", tmp_path / "plain", **what, dequantize=True)
+    assert report.kept_codes == ()
+    assert "kept as codes" not in str(report)
+
+
+@pytest.mark.parametrize("dry_run", [["--dry-run"], []])
+def test_command_states_that_codes_are_not_cast(tmp_path, dry_run):
+    quantized("qwen3_moe", tmp_path / "quantized")
+    command = ["convert", str(tmp_path / "quantized"), str(tmp_path / "made"), "--layout", "per_expert", *dry_run]
+    result = CliRunner().invoke(app, [*command, "--dtype", "bfloat16"])
+    assert result.exit_code == 0, result.output
+    assert re.search(r"kept as codes +│ +[1-9]\d*", result.stdout)
+    assert "--dtype casts neither codes nor their scales: --dequantize decodes them" in result.stdout
+    assert "grouped experts" not in result.stdout
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "--dtype" not in result.stdout
+
+
+@pytest.mark.parametrize("dry_run", [["--dry-run"], []])
+def test_command_states_that_a_type_is_published_with_grouped_experts(tmp_path, dry_run):
+    gpt_oss(tmp_path / "quantized")
+    command = ["convert", str(tmp_path / "quantized"), str(tmp_path / "made"), "--dequantize", *dry_run]
+    result = CliRunner().invoke(app, [*command, "--layout", "per_expert"])
+    assert result.exit_code == 0, result.output
+    assert "gpt_oss is published with grouped experts: per_expert leaves them grouped" in result.stdout
+
+
+@pytest.mark.parametrize("layout", [None, "per_expert"])
+@pytest.mark.parametrize("decoded", [False, True])
+def test_verifying_with_other_options_suggests_to_decode(tmp_path, decoded, layout):
+    quantized("qwen3_moe", tmp_path / "quantized")
+    amc.convert_checkpoint(tmp_path / "quantized", tmp_path / "made", layout=layout, dequantize=decoded)
+    with pytest.raises(amc.VerificationError) as error:
+        amc.verify_checkpoint(tmp_path / "quantized", tmp_path / "made", layout=layout, dequantize=not decoded)
+    found = "BF16 instead of codes suggests" if decoded else "codes instead of values suggest"
+    assert f"drop=; {found} dequantize={decoded}\n" in str(error.value)
+    command = ["verify", str(tmp_path / "quantized"), str(tmp_path / "made"), *(["--layout", layout] if layout else [])]
+    result = CliRunner().invoke(app, [*command, *([] if decoded else ["--dequantize"])])
+    assert result.exit_code == 1
+    options = "--no-model, --layout, --dtype, --dequantize, --drop"
+    option = "--dequantize" if decoded else "leaving --dequantize out"
+    assert f"do:       pass the options of the conversion: {options}; {found} {option}\n" in result.stderr
 
 
 def test_wrong_value_is_detected(tmp_path):

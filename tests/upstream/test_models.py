@@ -58,6 +58,19 @@ def test_only_floating_dtypes_are_accepted(dtype):
     with pytest.raises(UnsupportedError, match="not a floating torch dtype"):
         checked_dtype(dtype)
     checked_dtype(torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "advice"), [("bfloat16", "pass torch.bfloat16"), ("torch.float32", "pass torch.float32"), ("int8", None)]
+)
+def test_name_of_a_dtype_is_advised_as_a_dtype(dtype, advice):
+    with pytest.raises(UnsupportedError) as caught:
+        checked_dtype(dtype)
+    assert ("do:" in str(caught.value)) == (advice is not None)
+    assert f"do:       {advice}\n" in str(caught.value) or advice is None
+
+
+def test_no_dtype_is_accepted():
     checked_dtype(None)
 
 

@@ -123,5 +123,5 @@ def test_change_of_either_source_file_of_one_name_is_detected(tmp_path, monkeypa
             with pytest.raises(KeyboardInterrupt):
                 again(source, converted)
         os.utime(source / folder / "x.safetensors", ns=(1, 2 * 10**18))
-        with pytest.raises(DestinationError, match=f"source files, {folder}/x.safetensors"):
+        with pytest.raises(DestinationError, match=f"source files differ: {folder}/x.safetensors\n"):
             again(source, converted)

@@ -116,6 +116,28 @@ def test_all_tensors_that_differ_in_name_dtype_or_shape_are_listed(saved, tmp_pa
         "z.weight: BF16 [30, 40] instead of BF16 [40, 30]",
     ):
         assert line in str(error.value)
+    assert "pass the options of the conversion: rules, layout=, dtype=, dequantize=, drop=" in str(error.value)
+
+
+@needs_transformers
+@pytest.mark.parametrize(
+    ("converted", "given", "hint"),
+    [
+        ({"layout": "nemo"}, {"layout": "vllm"}, "experts in the layout 'nemo' suggest layout="),
+        ({"layout": "nemo"}, {"rules": []}, "experts in the layout 'nemo' suggest layout="),
+        ({"layout": "per_expert"}, {"layout": "nemo"}, "experts in the layout 'per_expert' suggest layout="),
+        ({"layout": "gpt_oss"}, {"layout": "transformers"}, "experts in the layout 'gpt_oss' suggest layout="),
+        ({"dtype": torch.float16}, {}, "F16 instead of BF16 suggests dtype="),
+        ({"rules": [], "drop": "lm_head.*"}, {"rules": []}, "missing tensors suggest drop="),
+    ],
+)
+def test_difference_suggests_the_options_of_the_conversion(published, tmp_path, converted, given, hint):
+    amc.convert_checkpoint(published, tmp_path / "out", **converted)
+    assert amc.verify_checkpoint(published, tmp_path / "out", **converted) > 0
+    with pytest.raises(VerificationError) as error:
+        amc.verify_checkpoint(published, tmp_path / "out", **given)
+    [do] = [line for line in str(error.value).splitlines() if line.startswith("  do:")]
+    assert do.endswith(f"drop=; {hint}")
 
 
 @needs_transformers
