@@ -75,7 +75,13 @@ def open_to_load(
     builds = model is None and settings.rules is None
     with while_importing(checkpoint) if builds else nullcontext():
         plan, problems, model = load_plan(checkpoint, model, settings, in_place)
-    problems.raise_unless_fit(checkpoint.path, settings.strict, checkpoint.unindexed)
+    problems.raise_unless_fit(
+        checkpoint.path,
+        settings.strict,
+        checkpoint.unindexed,
+        in_files=checkpoint.position,
+        model_is_built=builds,
+    )
     return Opened(checkpoint, plan, problems, model)
 
 

@@ -121,6 +121,12 @@ def compile_plan(
     """
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     model = None if model is None else plain_model(model)
-    plan, problems, _ = load_plan(checkpoint, model, PlanSettings(**options))
-    problems.raise_unless_fit(checkpoint.path, unindexed=checkpoint.unindexed)
+    settings = PlanSettings(**options)
+    plan, problems, _ = load_plan(checkpoint, model, settings)
+    problems.raise_unless_fit(
+        checkpoint.path,
+        unindexed=checkpoint.unindexed,
+        in_files=checkpoint.position,
+        model_is_built=model is None and settings.rules is None,
+    )
     return plan

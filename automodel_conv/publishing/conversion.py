@@ -120,7 +120,12 @@ def compile_conversion(
         carried = problems.accept_unclaimed()
         if not dequantize:
             carried |= plan.sources.hidden - sources.hidden  # tensors of KV caches
-        problems.raise_unless_fit(checkpoint.path, unindexed=checkpoint.unindexed)
+        problems.raise_unless_fit(
+            checkpoint.path,
+            unindexed=checkpoint.unindexed,
+            in_files=checkpoint.position,
+            model_is_built=model is not None,
+        )
         if layout == PER_EXPERT:
             grouped_layout = None if source_layout == PER_EXPERT else source_layout
             saved = replace(plan.sources, hidden=plan.sources.hidden | carried)

@@ -112,7 +112,12 @@ class HuggingFaceReader(StorageReader):
         with at_door("planning", lambda: self._given):
             checkpoint = open_downloaded(self._path)
             whole, problems, model = load_plan(checkpoint, self._model, self._options)
-            problems.raise_unless_fit(checkpoint.path, unindexed=checkpoint.unindexed)
+            problems.raise_unless_fit(
+                checkpoint.path,
+                unindexed=checkpoint.unindexed,
+                in_files=checkpoint.position,
+                model_is_built=self._model is None and self._options.rules is None,
+            )
             self.left_out = checkpoint.left_out(whole.unused_sources)
         plan = without_casts(whole)  # cast only once, to the dtype of the tensors that are loaded into
         target_names = {target.name: target.name for target in plan.targets}
