@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from automodel_conv.compiling.decoded import decoded_table
 from automodel_conv.compiling.marks import stated_layout
 from automodel_conv.compiling.options import LoadSettings
-from automodel_conv.compiling.planned import load_plan
+from automodel_conv.compiling.planned import check_options, load_plan
 from automodel_conv.compiling.to_model import shapes_to_make, without_tied
 from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.execution.cores import rank_on_this_node, ranks_on_this_node
@@ -64,6 +64,7 @@ def open_to_load(
         CheckpointError, NameProblems, QuantizationError, UnsupportedError: see ``load_state_dict``.
     """
     given = None if settings.plan is None else as_plan(settings.plan, settings.given())
+    check_options(settings)  # before a download
     clock.lap("plan")
     if settings.memory_map:
         refuse_url(path)

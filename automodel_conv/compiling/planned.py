@@ -25,6 +25,14 @@ from automodel_conv.upstream.stored_dtypes import dequantizer, left_as_stored
 from automodel_conv.upstream.wrappers import plain_model
 
 
+def check_options(settings: PlanSettings) -> None:
+    """Raise UnsupportedError for a layout or a dtype that no checkpoint and no model can have."""
+    checked_dtype(settings.dtype)
+    for name, others in ((settings.layout, ()), (settings.source_layout, (PER_EXPERT,))):
+        if name is not None and name not in others:
+            get_layout(name, *others)
+
+
 def load_plan(
     checkpoint: Checkpoint,
     model: nn.Module | None,
@@ -37,11 +45,8 @@ def load_plan(
         The plan, the problems of its fit, and the model: the one that is given, or one built from ``config.json`` if
         there are neither a model nor rules.
     """
+    check_options(settings)
     layout, source_layout, dtype = settings.layout, settings.source_layout, settings.dtype
-    checked_dtype(dtype)
-    for name, others in ((layout, ()), (source_layout, (PER_EXPERT,))):
-        if name is not None and name not in others:
-            get_layout(name, *others)
     rules = None if settings.rules is None else list(settings.rules)
     if model is None and rules is None:
         model, dtype = meta_model(checkpoint, dtype), None

@@ -48,14 +48,7 @@ def resume_or_discard(
     allowed = finished | ({index_name} if complete else set())
     present = [name for name in system.list_names(directory) if is_checkpoint(name) and name not in allowed]
     if present:
-        raise DestinationError(
-            message(
-                "the directory holds a checkpoint already",
-                where=directory,
-                found="\n" + listing(present),
-                do="choose another directory, or remove these files first",
-            )
-        )
+        raise occupied_error(directory, present)
     if not finished:
         system.truncate(journal, 0)
         append_record(journal, {"work": work})
@@ -65,6 +58,18 @@ def resume_or_discard(
         if name not in (LOCK_NAME, JOURNAL_NAME, *finished):
             remove_all(os.path.join(staging, name))
     return finished
+
+
+def occupied_error(directory: str, present: Sequence[str]) -> DestinationError:
+    """Return the error for a directory that holds a checkpoint, given the names of its weights and indexes."""
+    return DestinationError(
+        message(
+            "the directory holds a checkpoint already",
+            where=directory,
+            found="\n" + listing(present),
+            do="choose another directory, or remove these files first",
+        )
+    )
 
 
 def _refuse_other_work(directory: str, earlier: Mapping[str, Any], work: Mapping[str, Any]) -> None:

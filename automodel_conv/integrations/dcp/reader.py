@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from automodel_conv.compiling.options import PlanSettings
-from automodel_conv.compiling.planned import load_plan
+from automodel_conv.compiling.planned import check_options, load_plan
 from automodel_conv.compiling.stages import without_casts
 from automodel_conv.distributed.placements import is_distributed, local_of
 from automodel_conv.doors import at_door
@@ -110,6 +110,7 @@ class HuggingFaceReader(StorageReader):
     def _open(self) -> tuple[Checkpoint, CopyPlan, dict[str, str]]:
         """Return the checkpoint, its plan, and the target name for each name that can be loaded."""
         with at_door("planning", lambda: self._given):
+            check_options(self._options)  # before a download
             checkpoint = open_downloaded(self._path)
             whole, problems, model = load_plan(checkpoint, self._model, self._options)
             problems.raise_unless_fit(
