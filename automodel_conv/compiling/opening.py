@@ -19,6 +19,7 @@ from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.execution.cores import rank_on_this_node, ranks_on_this_node
 from automodel_conv.execution.report import Clock
 from automodel_conv.files.checkpoint import Checkpoint, open_downloaded
+from automodel_conv.files.hub import with_repository
 from automodel_conv.files.reading_ahead import reading_ahead
 from automodel_conv.files.remote import refuse_url
 from automodel_conv.planning.copies import SourceTable
@@ -77,7 +78,7 @@ def open_to_load(
     with while_importing(checkpoint) if builds else nullcontext():
         plan, problems, model = load_plan(checkpoint, model, settings, in_place)
     problems.raise_unless_fit(
-        checkpoint.path,
+        with_repository(checkpoint.path),
         settings.strict,
         checkpoint.unindexed,
         in_files=checkpoint.position,
@@ -139,6 +140,6 @@ def fitted_plan(
         fitted = replace(fitted, tied=tuple(tied_names(model)))
         missing = without_tied(missing, plan, fitted.tied)
         problems.missing, problems.unexpected = without_ignored(model, missing, problems.unexpected)
-    misfits.raise_if_any(checkpoint.path, plan, problems.missing if strict else [])
-    problems.raise_unless_fit(checkpoint.path, strict, checkpoint.unindexed)
+    misfits.raise_if_any(with_repository(checkpoint.path), plan, problems.missing if strict else [])
+    problems.raise_unless_fit(with_repository(checkpoint.path), strict, checkpoint.unindexed)
     return fitted, problems

@@ -15,6 +15,7 @@ from automodel_conv.compiling.to_model import loading_plan
 from automodel_conv.doors import door, keyword_options
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.files.config import quantization_config
+from automodel_conv.files.hub import with_repository
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.layouts import LAYOUTS, PER_EXPERT, get_layout
 from automodel_conv.planning.plan import CopyPlan
@@ -129,7 +130,7 @@ def compile_plan(
     settings = PlanSettings(**options)
     plan, problems, _ = load_plan(checkpoint, model, settings)
     problems.raise_unless_fit(
-        checkpoint.path,
+        with_repository(checkpoint.path),
         unindexed=checkpoint.unindexed,
         in_files=checkpoint.position,
         model_is_built=model is None and settings.rules is None,

@@ -25,6 +25,7 @@ from automodel_conv.errors import (
 )
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.files.config import quantization
+from automodel_conv.files.hub import with_repository
 from automodel_conv.files.remote import refuse_url
 from automodel_conv.files.shards import Naming, Shard, divide, parse_size
 from automodel_conv.planning.code_names import has_codes
@@ -131,7 +132,7 @@ def compile_conversion(
         if not dequantize:
             carried |= plan.sources.hidden - sources.hidden  # tensors of KV caches
         problems.raise_unless_fit(
-            checkpoint.path,
+            with_repository(checkpoint.path),
             unindexed=checkpoint.unindexed,
             in_files=checkpoint.position,
             model_is_built=model is not None,

@@ -15,7 +15,7 @@ import torch
 from safetensors.numpy import save_file
 
 import automodel_conv as amc
-from automodel_conv.errors import CheckpointError, DestinationError, ReadError, UnsupportedError
+from automodel_conv.errors import CheckpointError, DestinationError, NameProblems, ReadError, UnsupportedError
 from automodel_conv.execution.host import load_to_host
 from automodel_conv.files.shards import Spec, divide, index_of
 from tests.comparing import assert_same
@@ -336,13 +336,27 @@ def test_private_repository_requires_the_token(repository, tmp_path, monkeypatch
 def test_advice_fits_what_the_hub_lacks(hub, arguments, advice):
     with pytest.raises(CheckpointError) as caught:
         amc.open_checkpoint(**arguments)
-    assert caught.value.args[0].endswith(f"\n  do:       {advice}")
+    text = caught.value.args[0]
+    assert text.endswith(f"\n  do:       {advice}")
+    assert len(text.splitlines()) == 4, text  # what, where, found, do
 
 
 def test_missing_revision_is_named(hub):
     with pytest.raises(CheckpointError, match=rf"(?s){NAME}, revision v9.*RevisionNotFound"):
         amc.open_checkpoint(NAME, revision="v9")
     assert columns(amc.open_checkpoint(NAME, revision=hub.commit(NAME))) == columns(amc.open_checkpoint(NAME))
+
+
+def test_name_of_the_repository_is_in_the_list_of_problems(hub, tmp_path):
+    for plan in (lambda: amc.load_state_dict(NAME, torch.nn.Linear(2, 2), rules=[]), lambda: of_a_file(tmp_path)):
+        with pytest.raises(NameProblems, match=rf"do not fit together: {NAME} in /.*/snapshots/\w+\n"):
+            plan()
+
+
+def of_a_file(tmp_path):
+    """Plan for a model, given the cached files of the repository."""
+    [snapshot] = (tmp_path / "cache").glob("*/snapshots/*")
+    return amc.compile_plan(snapshot, torch.nn.Linear(2, 2), rules=[])
 
 
 def test_unreachable_server_is_an_error(repository, tmp_path, monkeypatch):

@@ -29,6 +29,7 @@ from automodel_conv.execution.buffers import dtype_of
 from automodel_conv.execution.filling import Limits, fill
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint, open_downloaded
+from automodel_conv.files.hub import with_repository
 from automodel_conv.planning.names import plain_names
 from automodel_conv.planning.plan import CopyPlan, plan_of_parts
 from automodel_conv.planning.regions import Part, box
@@ -114,7 +115,7 @@ class HuggingFaceReader(StorageReader):
             checkpoint = open_downloaded(self._path)
             whole, problems, model = load_plan(checkpoint, self._model, self._options)
             problems.raise_unless_fit(
-                checkpoint.path,
+                with_repository(checkpoint.path),
                 unindexed=checkpoint.unindexed,
                 in_files=checkpoint.position,
                 model_is_built=self._model is None and self._options.rules is None,
