@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Not in $(VENV), which is deleted with all that is in it when it is made again.
+# Outside $(VENV): creating that again deletes its content.
 DEMO := .venv-demo
 LEG := .ci/leg
 # -n 2: most tests use one core. Derandomized examples: a run that fails once fails again.

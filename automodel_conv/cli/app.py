@@ -49,8 +49,8 @@ Both end with the same model. "equal bytes" compares digests of all bytes of all
 
 The files were just written, so both packages read the page cache, not a disk. Before each load, memory is touched and
 freed, so that the time in which a virtual machine gets memory from its host does not count. automodel_conv uses huge
-pages if they are faster; PyTorch uses them only if THP_MEM_ALLOC_ENABLE=1 is set. With them, from a disk, or with
-memory as it is found, the difference is smaller: https://automodel-conv.github.io/automodel_conv/performance/
+pages if they are faster; PyTorch uses them only if THP_MEM_ALLOC_ENABLE=1 is set. The difference is smaller if PyTorch
+uses them too, if files come from a disk, or if the memory was not touched before: https://automodel-conv.github.io/automodel_conv/performance/
 
 The checkpoint is removed."""
 
@@ -114,7 +114,7 @@ def plan(
         try:
             text = compiled.explain(target)
         except UnknownTarget as error:
-            raise typer.BadParameter(str(error), param_hint="--explain") from None
+            raise typer.BadParameter(error.args[0], param_hint="--explain") from None
         typer.echo(f"\n{text}")
     if json is not None:
         try:

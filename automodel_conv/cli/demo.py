@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -75,15 +77,14 @@ def run_demo(
 
     Raises:
         UnsupportedError: transformers is not installed.
-        WriteError: the directory cannot be written to.
+        WriteError: the temporary directory cannot be created.
         ConversionError: a step failed; the error has the end of its output.
     """
     parent = tempfile.gettempdir() if directory is None else directory
     with write_errors(parent):
         temporary = tempfile.TemporaryDirectory(prefix="automodel-conv-demo-", dir=parent)
-    with temporary as root:
+    with temporary as root, closing(_events(model, root, RUNS)) as events:
         show("importing PyTorch and transformers ...")
-        events = _events(model, root, RUNS)
         versions = next(events)
         show(f"writing a checkpoint of {model.layers} layers with {model.experts} experts each ...")
         written = next(events)
@@ -114,7 +115,7 @@ def _merged(runs: Sequence[DemoLoad]) -> DemoLoad:
     )
 
 
-def _events(model: DemoModel, root: str, runs: int) -> Iterator[dict[str, Any]]:
+def _events(model: DemoModel, root: str, runs: int) -> Generator[dict[str, Any], None, None]:
     """Run the steps in another process, and yield the JSON object that it writes after each.
 
     Its output is shown only if it fails. Packages that transformers imports may print, as torchao does if it was built
@@ -130,8 +131,9 @@ def _events(model: DemoModel, root: str, runs: int) -> Iterator[dict[str, Any]]:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
-        with process:
+        try:
             for line in events:
                 event = json.loads(line)
                 if "unsupported" in event:
@@ -139,7 +141,13 @@ def _events(model: DemoModel, root: str, runs: int) -> Iterator[dict[str, Any]]:
                         message(event["unsupported"], do="pip install 'automodel-conv[transformers]'")
                     )
                 yield event
+        except BaseException:  # a signal or an error of the caller too: no process must write to a removed directory
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        finally:
+            process.wait()
         if process.returncode:
             log.seek(max(0, log.seek(0, os.SEEK_END) - 4000))
             output = f"exit status {process.returncode}\n{log.read()}"
-            raise ConversionError(message("a step of the demo failed", found=output))
+            do = "free memory and disk space: it needs 5 GB of memory and 1 GB in the temporary directory"
+            raise ConversionError(message("a step of the demo failed", found=output, do=do))

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from automodel_conv.execution.report import LoadReport
     from automodel_conv.execution.report_text import Row
 
-# Shares of bytes in the page cache below this count as none, and above 1 minus this as all.
-_SOME = 0.1
+# A smaller share of bytes in the page cache counts as none. A share above 1 minus this counts as all.
+_NEGLIGIBLE_SHARE = 0.1
 
 
 def two_columns(caption: str | None = None) -> Table:
@@ -146,11 +146,14 @@ def _cached_text(result: Bench) -> str:
         return "unknown: this system does not report it"
     if not result.dropped:
         return f"{result.cached:.0%}"
-    return f"{result.cached:.0%}, {'dropped' if result.cached < _SOME else 'though the system was asked to drop it'}"
+    outcome = "dropped" if result.cached < _NEGLIGIBLE_SHARE else "though the system was asked to drop it"
+    return f"{result.cached:.0%}, {outcome}"
 
 
 def _origin_text(cached: float | None) -> str:
     """Return where bytes were read from, given the share of them in the page cache."""
     if cached is None:
         return ""
-    return " from the disk" if cached < _SOME else " from the page cache" if cached > 1 - _SOME else " from both"
+    if cached < _NEGLIGIBLE_SHARE:
+        return " from the disk"
+    return " from the page cache" if cached > 1 - _NEGLIGIBLE_SHARE else " from both"

@@ -242,7 +242,8 @@ class _DeviceLoad:
             thread_error = next(filter(None, (_thread_error(future) for future in futures)), None)
             if thread_error is None or thread_error is error:
                 raise
-            add_note(thread_error, f"  also:     {type(error).__name__}: {error}")
+            text = error.args[0] if isinstance(error, ConversionError) else error
+            add_note(thread_error, f"  also:     {type(error).__name__}: {text}")
             raise thread_error from error
         if self._not_uploaded:
             raise_if_stopped(self._stop_event)

@@ -29,7 +29,8 @@ PAGE_BYTES = 4096
 _ORDER = {code: position for position, code in enumerate(BITS)}
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-# The parser of huggingface_hub accepts no "MiB" and no "B", and returns sizes of zero and below.
+# Not the parser of huggingface_hub: it rejects "MiB" and "B", and accepts sizes of zero and below. More than 18 digits
+# would be an infinite float.
 _SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d+)?)\s*([KMGT]?I?B)\s*", re.IGNORECASE)
 
 

@@ -51,8 +51,10 @@ class HookedLoad(NamedTuple):
                 [f"{name} of {file}" for name, file in self.unindexed],
             )
         )
-        left = "all" if ALL in self.left else len(self.left)
-        lines = [f"{self.model}: {len(self.lowered)} converted by plan, {left} by transformers"]
+        left = "all by transformers"
+        if ALL not in self.left:
+            left = f"{len(self.left)} by transformers; the others need no conversion"
+        lines = [f"{self.model}: {len(self.lowered)} converted by plan, {left}"]
         lines += [f"  mapped: {self.bytes_mapped / 1e9:.3f} GB"] if self.bytes_mapped else []
         for label, names in kinds:
             if names == [ALL]:

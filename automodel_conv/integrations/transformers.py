@@ -46,7 +46,7 @@ class Acceleration:
     models should clear it."""
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.loads))
+        return "\n".join(map(str, self.loads)) or "no load yet"
 
 
 def install(memory_map: bool = False) -> Acceleration:
@@ -130,7 +130,7 @@ def accelerate_transformers(memory_map: bool = False) -> Iterator[Acceleration]:
         ...     model.save_pretrained(directory)
         ...     loaded = Qwen3MoeForCausalLM.from_pretrained(directory)
         >>> print(acceleration)
-        Qwen3MoeForCausalLM: 2 converted by plan, 0 by transformers
+        Qwen3MoeForCausalLM: 2 converted by plan, 0 by transformers; the others need no conversion
     """
     with _HOOK.lock:
         acceleration = _HOOK.put()

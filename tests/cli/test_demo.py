@@ -1,7 +1,11 @@
 """Tests of ``demo``: it compares both loads, reports one bit that differs, and prints nothing of other packages."""
 
 import os
+import signal
+import subprocess
+import sys
 
+import psutil
 import pytest
 
 from automodel_conv.cli import demo
@@ -41,6 +45,25 @@ def test_demo_shows_its_progress_and_no_output_of_other_packages(tmp_path, site,
     assert [line.split()[0] for line in lines] == ["importing", "writing", "39", "loading", *demo.METHODS]
     assert result.different == ()
     assert capfd.readouterr() == ("", "")
+
+
+@needs_transformers
+def test_interrupted_demo_ends_its_processes_and_removes_its_files(tmp_path):
+    """Signal only the process that a user started, as ``kill`` does."""
+    code = "import sys; from automodel_conv.cli import demo; demo.run_demo(demo.BIG, sys.argv[1], print)"
+    command = [sys.executable, "-u", "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("writing"):
+                break
+        [child] = psutil.Process(process.pid).children()
+        workers = [child, *child.children()]
+        process.send_signal(signal.SIGINT)
+        process.wait()
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert alive == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_output_of_a_step_that_fails_is_in_the_error(tmp_path, site):

@@ -13,6 +13,9 @@ def hub(tmp_path_factory, worker_id):
     own = tmp_path_factory.getbasetemp()
     directory = (own if worker_id == "master" else own.parent) / "published"
     with FileLock(f"{directory}.lock"):
-        folders = folders_of(directory) if directory.exists() else write_all(directory)
-    with serve(folders) as hub:
+        if not directory.exists():
+            unfinished = directory.with_suffix(".part")
+            write_all(unfinished)
+            unfinished.rename(directory)
+    with serve(folders_of(directory)) as hub:
         yield hub

@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def run_block(block: Mapping[str, Any], page: str, names: dict[str, Any], has_gpu: bool) -> None:
-    """Run, write or compile a block, as its page wants it, and compare its output."""
+    """Run, write or compile a block, as the page marks it, and compare its output."""
     if block["title"] is not None:
         _compile_python(block, block["title"], first_line=1)
         Path(block["title"]).parent.mkdir(parents=True, exist_ok=True)

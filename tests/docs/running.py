@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 DRIVER = Path(__file__).with_name("driver.py")
 # Far above the seconds of any page, even on a machine that does much else.
 TIME_LIMIT = 900.0
-# As wide as a terminal that nobody has resized. Settings of this run are not those of a user.
+# The default size of a terminal. Settings of this run are not those of a user.
 _SET = {"COLUMNS": "80", "LINES": "24", "TERM": "dumb", "NO_COLOR": "1", "PYTHONUNBUFFERED": "1"}
 _UNSET = ("TRITON_INTERPRET", "FORCE_COLOR", "PYTEST_CURRENT_TEST", "PYTHONWARNINGS")
 

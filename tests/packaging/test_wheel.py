@@ -58,7 +58,8 @@ def test_a_source_distribution_builds_the_same_wheel(sources, wheel, tmp_path):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert not any(name.startswith("kernels") for name in names)
-    assert files_of_the_package(sources) | {"LICENSE", "README.md", "pyproject.toml"} <= names
+    assert files_of_the_package(sources) | {"LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml"} <= names
+    assert not any(name.startswith("tests") for name in names)
     again = build_wheel(sdist, tmp_path)
     assert files_of_the_wheel(again) == files_of_the_wheel(wheel)
 
