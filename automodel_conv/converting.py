@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
+from automodel_conv.compiling.carrying import checked_patterns
 from automodel_conv.compiling.opening import while_importing
 from automodel_conv.doors import door
 from automodel_conv.errors import (
@@ -31,19 +33,19 @@ from automodel_conv.execution.writing import (
     write_slabs,
 )
 from automodel_conv.files import system
-from automodel_conv.files.checkpoint import Checkpoint, open_downloaded
+from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint, open_downloaded
 from automodel_conv.files.companions import companions_of
 from automodel_conv.files.config import CONFIG_NAME, MODELOPT_NAME, plain_config
 from automodel_conv.files.destination import open_destination
 from automodel_conv.files.finished import is_finished
-from automodel_conv.files.remote import local_path
-from automodel_conv.files.resuming import OPTIONS_KEY
-from automodel_conv.files.shards import index_of
+from automodel_conv.files.remote import is_url, local_path
+from automodel_conv.files.resuming import OPTIONS_KEY, occupied_error
+from automodel_conv.files.shards import index_of, is_checkpoint
 from automodel_conv.files.source import Identity, LocalFile
-from automodel_conv.files.staging import remove_leftovers
+from automodel_conv.files.staging import holds_work, remove_leftovers
 from automodel_conv.files.write_errors import no_room_error, write_errors
 from automodel_conv.progress import bytes_progress
-from automodel_conv.publishing.conversion import DEFAULT_SCRATCH_BYTES, Conversion, compile_conversion
+from automodel_conv.publishing.conversion import DEFAULT_SCRATCH_BYTES, Conversion, check_arguments, compile_conversion
 from automodel_conv.publishing.save_files import write_checksums
 from automodel_conv.publishing.saved import places_in
 
@@ -225,19 +227,23 @@ def convert_checkpoint(
     """
     began = time.perf_counter()
     directory = local_path(destination)
-    drop = [drop] if isinstance(drop, str) else list(drop)
+    drop = checked_patterns(drop)
+    rules = None if rules is None else list(rules)
+    check_arguments(layout, source_layout, dtype, max_shard_size)
+    compiled = partial(
+        compile_conversion,
+        rules=rules,
+        layout=layout,
+        source_layout=source_layout,
+        dtype=dtype,
+        dequantize=dequantize,
+        drop=drop,
+        max_shard_size=max_shard_size,
+    )
+    _refuse_occupied(source, directory, resume, checksums, compiled)
     opened = open_downloaded(source, companions=True)
     with while_importing(opened) if rules is None else nullcontext():
-        conversion = compile_conversion(
-            opened,
-            rules=rules,
-            layout=layout,
-            source_layout=source_layout,
-            dtype=dtype,
-            dequantize=dequantize,
-            drop=drop,
-            max_shard_size=max_shard_size,
-        )
+        conversion = compiled(opened)
     checkpoint, shards = conversion.checkpoint, conversion.shards
     limits = split_scratch(threads, DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes, reads_files=True)
     state = _identities(checkpoint)
@@ -336,6 +342,43 @@ def convert_checkpoint(
         peak_extra_bytes=limits.scratch_bytes,
         kept_codes=conversion.kept_codes,
     )
+
+
+def _refuse_occupied(
+    source: str | os.PathLike[str],
+    directory: str,
+    resume: bool,
+    checksums: bool,
+    compiled: Callable[[Checkpoint], Conversion],
+) -> None:
+    """Refuse a destination that holds another checkpoint before weights of a repository are downloaded.
+
+    Anything else is found once the source is open.
+
+    Args:
+        source, resume, checksums: see ``convert_checkpoint``.
+        directory: path of the destination.
+        compiled: returns the conversion of a checkpoint.
+
+    Raises:
+        DestinationError: the destination holds a checkpoint, and it is not the result of this conversion.
+    """
+    name = os.fsdecode(source)
+    if is_url(name) or system.exists(name) or not system.is_directory(directory) or holds_work(directory):
+        return
+    present = [name for name in system.list_names(directory) if is_checkpoint(name)]
+    if not present:
+        return
+    if resume:
+        checkpoint = open_checkpoint(source)
+        if not checkpoint.is_remote:
+            return
+        conversion = compiled(checkpoint)
+        index = index_of(conversion.shards, naming=conversion.naming)
+        texts = {} if index is None else {conversion.naming.index_name: index}
+        if is_finished(directory, conversion.shards, texts, {}, checksums):
+            return
+    raise occupied_error(directory, present)
 
 
 def _identities(checkpoint: Checkpoint) -> dict[str, Identity]:

@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from automodel_conv.errors import ConversionError
+from automodel_conv.planning.layouts import LAYOUTS, PER_EXPERT
 
 # Arguments as errors write them in braces (see ``errors.py``), and the options of the command line for them.
 IN_OPTIONS = {
@@ -25,10 +26,9 @@ IN_OPTIONS = {
     "rules=[]": "--no-model",
     "source_layout": "--source-layout",
     "source_layout=": "--source-layout",
-    'source_layout="per_expert"': "--source-layout per_expert",
-    'source_layout="transformers"': "--source-layout transformers",
     "strict=False": "--no-strict",
     "threads=": "--threads",
+    **{f'source_layout="{name}"': f"--source-layout {name}" for name in (*LAYOUTS, PER_EXPERT)},
 }
 IN_COMMANDS = {
     "compile_plan(...)": "automodel-conv plan",

@@ -23,6 +23,19 @@ from automodel_conv.planning.quantization import untransposed_plan
 from automodel_conv.planning.wanted import TargetSpec
 
 
+def checked_patterns(patterns: str | Iterable[str]) -> list[str]:
+    """Return the patterns of ``drop`` as a list.
+
+    Raises:
+        UnsupportedError: it is neither a text nor several texts.
+    """
+    listed = [patterns] if isinstance(patterns, str) else list(patterns) if isinstance(patterns, Iterable) else None
+    if listed is None or not all(isinstance(pattern, str) for pattern in listed):
+        expected = "a pattern such as 'model.layers.61.*', or several"
+        raise UnsupportedError(message("not a pattern of names to drop", expected=expected, found=repr(patterns)))
+    return listed
+
+
 def dropped_rows(names: Sequence[str], patterns: str | Iterable[str]) -> frozenset[int]:
     """Return the rows of the names that match a pattern, or any of several.
 

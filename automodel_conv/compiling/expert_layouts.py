@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
-from automodel_conv.errors import UnsupportedError, message
+from automodel_conv.errors import UnsupportedError, listing, message
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.layouts import (
     LAYOUTS,
@@ -15,9 +15,11 @@ from automodel_conv.planning.layouts import (
     has_no_gate,
     holds_experts,
     holds_grouped_experts,
+    is_weight,
     layout_from_name,
 )
 from automodel_conv.planning.relayout import relayout
+from automodel_conv.planning.unmarked import layout_advice
 from automodel_conv.planning.wanted import TargetSpec
 from automodel_conv.upstream.models import expert_layouts
 from automodel_conv.upstream.registry import is_pretrained_model
@@ -53,15 +55,23 @@ def check_layout(name: str, table: SourceTable, argument: str) -> None:
     """
     layout = LAYOUTS[name]
     if table.names and not any(holds_experts(tensor, layout) for tensor in table.names):
+        grouped = [tensor for tensor in table.names if holds_grouped_experts(tensor)]
+        single = _single_experts(table)
+        if grouped:
+            do = [layout_advice(argument, filter(is_weight, grouped))]
+        elif single:
+            do = [
+                f"leave {{{argument}}} out: these experts are not grouped",
+                "{rules=} groups tensors of single experts",
+            ]
+        else:
+            do = [f"leave {{{argument}}} out: no name is that of an expert"]
         raise UnsupportedError(
             message(
                 f"no tensor is in the layout {name!r}",
                 expected="names that end in " + " or ".join(f"experts.{weight}" for weight in layout.expected()),
-                found=", ".join(table.names[:3]) + ", ...",
-                do=[
-                    f"leave {{{argument}}} out if no experts are grouped",
-                    "{rules=} groups tensors of single experts",
-                ],
+                found="\n" + listing(grouped or single or table.names, 3),
+                do=do,
             )
         )
 
@@ -73,10 +83,14 @@ def refuse_no_experts(targets: Iterable[str], layout: str, table: SourceTable) -
             message(
                 f"no tensor is in the layout {layout!r} or can be converted to it",
                 expected="grouped experts, or a model or rules that group them",
-                found=", ".join(table.names[:3]) + ", ...",
+                found="\n" + listing(_single_experts(table) or table.names, 3),
                 do="leave {layout} out for a model without experts",
             )
         )
+
+
+def _single_experts(table: SourceTable) -> list[str]:
+    return [name for name in table.names if ".experts." in f".{name}"]
 
 
 def has_names_of(targets: Mapping[str, TargetSpec] | None, layout: str) -> bool:

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from automodel_conv.compiling.decoded import decoded_table
 from automodel_conv.compiling.marks import stated_layout
 from automodel_conv.compiling.options import LoadSettings
-from automodel_conv.compiling.planned import load_plan
+from automodel_conv.compiling.planned import check_options, load_plan
 from automodel_conv.compiling.to_model import shapes_to_make, without_tied
 from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.execution.cores import rank_on_this_node, ranks_on_this_node
 from automodel_conv.execution.report import Clock
 from automodel_conv.files.checkpoint import Checkpoint, open_downloaded
+from automodel_conv.files.hub import with_repository
 from automodel_conv.files.reading_ahead import reading_ahead
 from automodel_conv.files.remote import refuse_url
 from automodel_conv.planning.copies import SourceTable
@@ -64,6 +65,7 @@ def open_to_load(
         CheckpointError, NameProblems, QuantizationError, UnsupportedError: see ``load_state_dict``.
     """
     given = None if settings.plan is None else as_plan(settings.plan, settings.given())
+    check_options(settings)  # before a download
     clock.lap("plan")
     if settings.memory_map:
         refuse_url(path)
@@ -75,7 +77,13 @@ def open_to_load(
     builds = model is None and settings.rules is None
     with while_importing(checkpoint) if builds else nullcontext():
         plan, problems, model = load_plan(checkpoint, model, settings, in_place)
-    problems.raise_unless_fit(checkpoint.path, settings.strict, checkpoint.unindexed)
+    problems.raise_unless_fit(
+        with_repository(checkpoint.path),
+        settings.strict,
+        checkpoint.unindexed,
+        in_files=checkpoint.position,
+        model_is_built=builds,
+    )
     return Opened(checkpoint, plan, problems, model)
 
 
@@ -132,6 +140,6 @@ def fitted_plan(
         fitted = replace(fitted, tied=tuple(tied_names(model)))
         missing = without_tied(missing, plan, fitted.tied)
         problems.missing, problems.unexpected = without_ignored(model, missing, problems.unexpected)
-    misfits.raise_if_any(checkpoint.path, plan, problems.missing if strict else [])
-    problems.raise_unless_fit(checkpoint.path, strict, checkpoint.unindexed)
+    misfits.raise_if_any(with_repository(checkpoint.path), plan, problems.missing if strict else [])
+    problems.raise_unless_fit(with_repository(checkpoint.path), strict, checkpoint.unindexed)
     return fitted, problems

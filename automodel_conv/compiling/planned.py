@@ -15,6 +15,7 @@ from automodel_conv.compiling.to_model import loading_plan
 from automodel_conv.doors import door, keyword_options
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.files.config import quantization_config
+from automodel_conv.files.hub import with_repository
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.layouts import LAYOUTS, PER_EXPERT, get_layout
 from automodel_conv.planning.plan import CopyPlan
@@ -23,6 +24,14 @@ from automodel_conv.upstream.from_config import meta_model
 from automodel_conv.upstream.models import checked_dtype
 from automodel_conv.upstream.stored_dtypes import dequantizer, left_as_stored
 from automodel_conv.upstream.wrappers import plain_model
+
+
+def check_options(settings: PlanSettings) -> None:
+    """Raise UnsupportedError for a layout or a dtype that no checkpoint and no model can have."""
+    checked_dtype(settings.dtype)
+    for name, others in ((settings.layout, ()), (settings.source_layout, (PER_EXPERT,))):
+        if name is not None and name not in others:
+            get_layout(name, *others)
 
 
 def load_plan(
@@ -37,11 +46,8 @@ def load_plan(
         The plan, the problems of its fit, and the model: the one that is given, or one built from ``config.json`` if
         there are neither a model nor rules.
     """
+    check_options(settings)
     layout, source_layout, dtype = settings.layout, settings.source_layout, settings.dtype
-    checked_dtype(dtype)
-    for name, others in ((layout, ()), (source_layout, (PER_EXPERT,))):
-        if name is not None and name not in others:
-            get_layout(name, *others)
     rules = None if settings.rules is None else list(settings.rules)
     if model is None and rules is None:
         model, dtype = meta_model(checkpoint, dtype), None
@@ -121,6 +127,12 @@ def compile_plan(
     """
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     model = None if model is None else plain_model(model)
-    plan, problems, _ = load_plan(checkpoint, model, PlanSettings(**options))
-    problems.raise_unless_fit(checkpoint.path, unindexed=checkpoint.unindexed)
+    settings = PlanSettings(**options)
+    plan, problems, _ = load_plan(checkpoint, model, settings)
+    problems.raise_unless_fit(
+        with_repository(checkpoint.path),
+        unindexed=checkpoint.unindexed,
+        in_files=checkpoint.position,
+        model_is_built=model is None and settings.rules is None,
+    )
     return plan

@@ -144,6 +144,8 @@ def loading_plan(
     tied = () if model is None else tuple(tied_names(model))
     problems.missing = without_tied(problems.missing, whole, tied)
     problems.missing, problems.unexpected = without_ignored(model, problems.missing, problems.unexpected)
+    experts_wanted = {name for name in targets or () if ".experts." in f".{name}"}
+    problems.lacks_all_experts = bool(experts_wanted) and experts_wanted.issubset(problems.missing)
     if source_layout is None and targets is not None and not has_targets:
         refuse_other_layouts(problems, plan, rule_set, bool(experts) or is_pretrained_model(model))
     # Other problems explain missing experts better than this check does.

@@ -7,6 +7,7 @@ downloaded: their headers and their data are read by range.
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Iterable
@@ -16,7 +17,7 @@ from itertools import chain
 from typing import Any
 
 from automodel_conv.doors import door
-from automodel_conv.errors import listing
+from automodel_conv.errors import CheckpointError, listing
 from automodel_conv.files import system
 from automodel_conv.files.choosing import (
     ADVICE,
@@ -197,11 +198,28 @@ def _locate(path: str, revision: str | None) -> str | RemoteFolder | Repository:
         return find_folder(path)
     if system.exists(path):
         return os.path.abspath(path)
-    if path.endswith((".safetensors", ".json", *ADVICE)) or not _REPOSITORY.fullmatch(path):
-        raise checkpoint_error(
-            "no such checkpoint", where=path, do="check the path; a repository of the Hub is named org/name"
-        )
-    return find_repository(path, revision)
+    try:
+        if path.endswith((".safetensors", ".json", *ADVICE)) or not _REPOSITORY.fullmatch(path):
+            do = "check the path; a repository of the Hub is named org/name"
+            if path.startswith("~"):
+                do = "pass os.path.expanduser(path): a shell expands ~, and this package does not"
+            raise checkpoint_error("no such checkpoint", where=path, do=do)
+        return find_repository(path, revision)
+    except CheckpointError as error:
+        similar = _similar_paths(path)
+        if similar:
+            error.add("  similar:\n" + listing(similar))
+        raise
+
+
+def _similar_paths(path: str) -> list[str]:
+    """Return up to three paths with similar last names in the parent directory of a path that does not exist."""
+    parent, name = os.path.split(path.rstrip("/"))
+    try:
+        names = system.list_names(parent or os.curdir)
+    except (OSError, ValueError):  # there is no such directory, or no directory can have this name
+        return []
+    return [os.path.join(parent, other) for other in difflib.get_close_matches(name, names, 3)]
 
 
 def _open(chosen: Chosen) -> Checkpoint:

@@ -213,6 +213,14 @@ def _read_index(path: str, copy: str) -> Index:
     data = with_open(copy, lambda fd: read_limited(fd, copy, MAX_INDEX_BYTES))
     parsed = parse_object(data, path)
     weight_map, metadata = parsed.get("weight_map"), parsed.get("metadata")
+    if "weight_map" not in parsed and not path.endswith(INDEX_SUFFIX):
+        raise checkpoint_error(
+            "not an index of a checkpoint",
+            where=path,
+            expected=f"a directory, a .safetensors file, or an index such as {INDEX_NAME}",
+            found=f"{os.path.basename(path)} without weight_map",
+            do="pass the directory of the checkpoint",
+        )
     if type(weight_map) is not dict or not weight_map:
         raise checkpoint_error(
             "an index without weight_map",

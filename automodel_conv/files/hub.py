@@ -26,6 +26,9 @@ _SMALL = ("*.safetensors.index.json", CONFIG_NAME, MODELOPT_NAME, CHECKSUMS_NAME
 """Patterns of the files that are downloaded from any repository. They list and describe the weights."""
 _SECONDS_WITHOUT_A_BYTE = 60
 _SIZE = re.compile(r"bytes .*/(\d+)")
+_LINE_END = "\n"
+# Source: huggingface_hub 1.33.0, ``repo_folder_name``. Names of repositories have no "--".
+_SNAPSHOT = re.compile(r".*[/\\]models--(.+?)--(.+)[/\\]snapshots[/\\][0-9a-f]{40}", re.DOTALL)
 
 
 class Repository(NamedTuple):
@@ -46,6 +49,12 @@ class Repository(NamedTuple):
         from huggingface_hub import hf_hub_url
 
         return hf_hub_url(self.name, file, revision=self.commit)
+
+
+def with_repository(path: str) -> str:
+    """Return a path for an error text; if it is a snapshot in the cache, after the name of its repository."""
+    match = _SNAPSHOT.fullmatch(path)
+    return path if match is None else f"{match[1]}/{match[2]} in {path}"
 
 
 def find_repository(name: str, revision: str | None) -> Repository:
@@ -196,7 +205,7 @@ def _hub_errors(what: str, where: str) -> Iterator[None]:
         raise checkpoint_error(
             what,
             where=where,
-            found=f"{type(error).__name__}: {error}",
+            found=f"{type(error).__name__}: {str(error).strip().partition(_LINE_END)[0]}",
             do=_advice(error),
         ) from error
 

@@ -52,14 +52,7 @@ def resume_or_discard(
     allowed = finished | ({index_name} if complete else set())
     present = [name for name in system.list_names(directory) if is_checkpoint(name) and name not in allowed]
     if present:
-        raise DestinationError(
-            message(
-                "the directory holds a checkpoint already",
-                where=directory,
-                found="\n" + listing(present),
-                do="choose another directory, or remove these files first",
-            )
-        )
+        raise occupied_error(directory, present)
     if not finished:
         system.truncate(journal, 0)
         append_record(journal, {"work": work})
@@ -74,6 +67,18 @@ def resume_or_discard(
 def _is_same_work(was: Mapping[str, Any], now: Mapping[str, Any] | None) -> bool:
     """Return whether two descriptions are of the same work; options only explain a difference of the other keys."""
     return now is not None and {**was, OPTIONS_KEY: None} == {**now, OPTIONS_KEY: None}
+
+
+def occupied_error(directory: str, present: Sequence[str]) -> DestinationError:
+    """Return the error for a directory that holds a checkpoint, given the names of its weights and indexes."""
+    return DestinationError(
+        message(
+            "the directory holds a checkpoint already",
+            where=directory,
+            found="\n" + listing(present),
+            do="choose another directory, or remove these files first",
+        )
+    )
 
 
 def _refuse_other_work(directory: str, was: Mapping[str, Any], now: Mapping[str, Any] | None) -> None:

@@ -14,6 +14,7 @@ from automodel_conv.execution.filling import Limits, fill
 from automodel_conv.execution.mapping import map_targets, mapped_or_new, without_targets
 from automodel_conv.execution.report_text import NAMES_SHOWN
 from automodel_conv.integrations.codes import refuse_codes
+from automodel_conv.integrations.hooked_experts import refuse_other_names
 from automodel_conv.integrations.hooked_files import unindexed_in
 from automodel_conv.integrations.hooked_plan import ALL, plan_load
 from automodel_conv.integrations.hooked_squares import refuse_unplanned, transposed_squares
@@ -102,8 +103,13 @@ def wrap_converter(
             rest = {name: source for name, source in state_dict.items() if name not in planned.consumed}
         refuse_codes(model, rest, load_config)
         names = list(state_dict)
-        unclaimed = resolve(names, RuleSet(load_config.weight_mapping, model), model.state_dict()).unclaimed
-        left_out = (*(names[row] for row in unclaimed), *(name for name, _ in unindexed if name not in state_dict))
+        all_rules = RuleSet(load_config.weight_mapping, model)
+        resolution = resolve(names, all_rules, model.state_dict())
+        refuse_other_names(model, state_dict, names, resolution, all_rules)
+        left_out = (
+            *(names[row] for row in resolution.unclaimed),
+            *(name for name, _ in unindexed if name not in state_dict),
+        )
         if planned is None:
             result = convert(model, state_dict, load_config, *args, **kwargs)
             done(HookedLoad(type(model).__name__, (), left, left_out, unindexed))

@@ -238,6 +238,12 @@ def layout_from_name(name: str) -> str | None:
     return candidates[0] if len(candidates) == 1 else None
 
 
+def layouts_with_names(names: Iterable[str]) -> list[str]:
+    """Return the layouts that have all of these tensors of grouped experts, by their names only."""
+    names = list(names)
+    return [key for key, layout in LAYOUTS.items() if all(holds_experts(name, layout) for name in names)]
+
+
 def has_no_gate(path: str, layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Return whether an experts module has only up and down weights, which agree on the intermediate size."""
     buffers = layout.buffers(gated=False)

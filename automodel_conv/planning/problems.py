@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from automodel_conv.errors import Advice, Message, NameProblems, listing
@@ -24,6 +24,8 @@ class Problems:
     """Rows of the sources that no rule assigns to a target."""
     without_place: list[str] = field(default_factory=list)
     """Names in ``unexpected`` that ``unclaimed`` sources would have."""
+    lacks_all_experts: bool = False
+    """Whether the model has experts, and all of them are in ``missing``."""
 
     def accept_unclaimed(self) -> frozenset[int]:
         """Stop treating sources that no rule assigns to a target as a problem, and return their rows."""
@@ -42,7 +44,14 @@ class Problems:
         ]
 
     def raise_unless_fit(
-        self, where: str, strict: bool = True, unindexed: Sequence[tuple[str, str]] = (), do: Sequence[Advice] = ()
+        self,
+        where: str,
+        strict: bool = True,
+        unindexed: Sequence[tuple[str, str]] = (),
+        do: Sequence[Advice] = (),
+        *,
+        in_files: Collection[str] | None = None,
+        model_is_built: bool = False,
     ) -> None:
         """Raise one error for all problems, if there are any.
 
@@ -52,6 +61,9 @@ class Problems:
             unindexed: name and file of each tensor that is in the checkpoint's files and not in its index. The missing
                 tensors may be among them.
             do: further advice.
+            in_files: names of the tensors of the checkpoint, even if the caller leaves some out. None: the tensors are
+                not those of files.
+            model_is_built: whether the model was built from the checkpoint's ``config.json``.
 
         Raises:
             NameProblems: there is a problem; the message lists all problems.
@@ -78,7 +90,13 @@ class Problems:
         ]
         sections = [f"  {title} ({len(items)}):\n{listing(items)}" for title, items in parts if items]
         if sections:
+            numbers = self._numbers_of_experts()
+            if numbers is not None:
+                stated = "config.json states" if model_is_built else "the model has"
+                sources = "tensors" if in_files is None else "files"
+                sections.insert(0, f"  {stated} {numbers[0]} experts, the {sources} have {numbers[1]}")
             advice: list[Advice] = ["check that config and checkpoint belong together", *do]
+            absent = {part for _, parts in self.incomplete for part in parts}
             holds_some_experts = bool(mismatched) and all(_is_part_of_experts(*item) for item in mismatched)
             if holds_some_experts:
                 advice[0] = (
@@ -87,7 +105,10 @@ class Problems:
                 )
             if unindexed and (self.missing or self.incomplete):
                 advice.append("download the index and the files again: they may be of different versions")
-            if not failed and not holds_some_experts:  # a load of the rest would leave the experts unfilled
+            elif absent and in_files is not None and absent.isdisjoint(in_files) and numbers is None:
+                advice.append("copy or download the files again: no file has these tensors")
+            # A load of the rest would leave the experts unfilled.
+            if not (self.failed or self.incomplete or self.lacks_all_experts or holds_some_experts):
                 advice.append("{strict=False} loads what fits, as transformers does")
             raise NameProblems(
                 Message("\n".join([f"checkpoint and model do not fit together: {where}", *sections]), advice),
@@ -97,6 +118,17 @@ class Problems:
                 duplicated=self.duplicated,
                 incomplete=self.incomplete,
             )
+
+    def _numbers_of_experts(self) -> tuple[int, int] | None:
+        """Return the numbers of experts of the model and of the checkpoint if that is where they disagree, else None.
+
+        Both the experts and a router must differ, and each of them by the same two numbers.
+        """
+        experts, others = set(), set()
+        for name, found, expected in self.mismatched:
+            if found and expected and found[0] != expected[0] and found[1:] == expected[1:]:
+                (experts if ".experts." in f".{name}" else others).add((expected[0], found[0]))
+        return next(iter(experts)) if len(experts) == 1 and experts <= others else None
 
 
 def _is_part_of_experts(name: str, stored: Sequence[int], own: Sequence[int]) -> bool:

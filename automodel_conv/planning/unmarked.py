@@ -8,7 +8,7 @@ is even. One or two square matrices fit both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from automodel_conv.errors import UnsupportedError, listing, message
 from automodel_conv.planning.copies import SourceTable
@@ -20,6 +20,7 @@ from automodel_conv.planning.layouts import (
     holds_grouped_experts,
     is_weight,
     layout_from_name,
+    layouts_with_names,
     same_names,
 )
 from automodel_conv.planning.plan import CopyPlan
@@ -45,7 +46,7 @@ def refuse_other_layouts(problems: Problems, plan: CopyPlan, rules: Rules, model
     for name, shape, expected in problems.mismatched:
         if is_weight(name) and shape == _transposed(expected) != expected:
             are_grouped = any(map(is_weight, plan.sources.names))
-            do = [_advice("source_layout")] if are_grouped else []
+            do = [layout_advice("source_layout", [name])] if are_grouped else []
             if not model_states_layout:
                 transposed = [n for n, layout in LAYOUTS.items() if layout.transposed and holds_experts(name, layout)]
                 do += [f'pass {{layout="{other}"}} if the model has its experts in it' for other in transposed]
@@ -53,13 +54,16 @@ def refuse_other_layouts(problems: Problems, plan: CopyPlan, rules: Rules, model
     foreign = [name for name in problems.unexpected if layout_from_name(name) is not None]
     if foreign and any(".experts." in name for name in problems.missing):  # else no expert of the model is missing
         found = f"{len(foreign)} tensors with names of another layout"
-        raise _refused(foreign[0], [_advice("source_layout")], "names of experts that the model has", found)
+        raise _refused(
+            foreign[0], [layout_advice("source_layout", foreign)], "names of experts that the model has", found
+        )
     patterns = [pattern for row in range(len(rules.converters)) for pattern in rules.patterns(row)[1]]
     produced = {pattern.rpartition(".")[2] for pattern in patterns}
     for path, weights in _by_module({t.name: t.shape for t in plan.targets if t.rule < 0}).items():
         if not produced.isdisjoint(weights) and all(_is_square(shape) for shape in weights.values()):
             leaf, shape = next(iter(weights.items()))
-            raise _refused(f"{path}.{leaf}", [_advice("source_layout")], "a matrix that is not square", list(shape))
+            do = [layout_advice("source_layout", [f"{path}.{leaf}"])]
+            raise _refused(f"{path}.{leaf}", do, "a matrix that is not square", list(shape))
 
 
 def refuse_unknown_layout(plan: CopyPlan, canonical: Callable[[str], Layout], gated: Callable[[str], bool]) -> None:
@@ -86,7 +90,8 @@ def refuse_unknown_layout(plan: CopyPlan, canonical: Callable[[str], Layout], ga
         if not is_known:
             leaf, shape = next(iter(weights.items()))
             expected = f"{first.name} [E, 2I, H] and {down.name} [E, H, I]"
-            raise _refused(f"{path}.{leaf}", [_advice("source_layout")], expected, list(shape))
+            do = [layout_advice("source_layout", [f"{path}.{weight}" for weight in weights])]
+            raise _refused(f"{path}.{leaf}", do, expected, list(shape))
 
 
 def refuse_contradictions(table: SourceTable, shapes: Mapping[str, Shape], rules: Rules) -> None:
@@ -107,16 +112,17 @@ def refuse_contradictions(table: SourceTable, shapes: Mapping[str, Shape], rules
     for path, weights in _by_module(grouped).items():
         for leaf, shape in weights.items():
             name = f"{path}.{leaf}"
-            expected = shapes.get(name)
+            expected, do = shapes.get(name), [layout_advice("layout", [name])]
             if expected is not None and shape == _transposed(expected) != expected:
-                raise _refused(name, [_advice("layout")], f"{list(expected)}, as the model has it", list(shape))
+                raise _refused(name, do, f"{list(expected)}, as the model has it", list(shape))
             if splits_experts and leaf not in leaves and layout_from_name(name) is not None:
-                raise _refused(name, [_advice("layout")], "names of experts that the rules split", list(shape))
+                raise _refused(name, do, "names of experts that the rules split", list(shape))
         first, down = TRANSFORMERS.first[0].name, TRANSFORMERS.down[0].name
         if splits_experts and f"{path}.{down}" not in shapes and not TRANSFORMERS.fits(weights):
             if any(LAYOUTS[other].fits(weights) for other in same_names(TRANSFORMERS)):
                 expected = "[E, 2I, H] and [E, H, I]"
-                raise _refused(f"{path}.{first}", [_advice("layout")], expected, list(weights[first]))
+                do = [layout_advice("layout", [f"{path}.{first}"])]
+                raise _refused(f"{path}.{first}", do, expected, list(weights[first]))
 
 
 def refuse_grouped(plan: CopyPlan, rules: Rules) -> None:
@@ -165,8 +171,17 @@ def _transposed(shape: Shape) -> Shape:
     return (shape[0], shape[2], shape[1]) if len(shape) == 3 else shape
 
 
-def _advice(argument: str) -> str:
-    return f"pass {{{argument}=}}: one of " + ", ".join(f'"{name}"' for name in LAYOUTS)
+def layout_advice(argument: str, names: Iterable[str]) -> str:
+    """Return the advice to pass the layout that grouped experts with these names can be in.
+
+    Args:
+        argument: name of the argument that states the layout.
+        names: names of the tensors. If no layout has all of them, the advice lists all layouts.
+    """
+    layouts = layouts_with_names(names)
+    if len(layouts) == 1:
+        return f'the names are those of the layout "{layouts[0]}": pass {{{argument}="{layouts[0]}"}}'
+    return f"pass {{{argument}=}}: one of " + ", ".join(f'"{name}"' for name in layouts or LAYOUTS)
 
 
 def _refused(name: str, do: Sequence[str], expected: object, found: object) -> UnsupportedError:

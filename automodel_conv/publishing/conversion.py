@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from automodel_conv.compiling.carrying import carried_targets, dropped_rows, refuse_halves
+from automodel_conv.compiling.carrying import carried_targets, checked_patterns, dropped_rows, refuse_halves
 from automodel_conv.compiling.decoded import codes_without_config, decoded_table
 from automodel_conv.compiling.marks import layout_to_read, naming_of_conversion, stated_layout
 from automodel_conv.compiling.stages import without_casts
@@ -25,6 +25,7 @@ from automodel_conv.errors import (
 )
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.files.config import quantization
+from automodel_conv.files.hub import with_repository
 from automodel_conv.files.remote import refuse_url
 from automodel_conv.files.shards import Naming, Shard, divide, parse_size
 from automodel_conv.planning.code_names import has_codes, names_of_codes
@@ -86,6 +87,17 @@ class Conversion:
         return sum(shard.nbytes for shard in self.shards)
 
 
+def check_arguments(
+    layout: str | None, source_layout: str | None, dtype: torch.dtype | None, max_shard_size: int | str
+) -> None:
+    """Raise UnsupportedError for arguments of ``compile_conversion`` that no checkpoint can fit."""
+    checked_dtype(dtype)
+    parse_size(max_shard_size)
+    for name in (layout, source_layout):
+        if name not in (None, PER_EXPERT):
+            get_layout(name, PER_EXPERT)
+
+
 @door("planning")
 def compile_conversion(
     source: Checkpoint | str | os.PathLike[str],
@@ -99,9 +111,8 @@ def compile_conversion(
     max_shard_size: int | str = "5GB",
 ) -> Conversion:
     """Plan a ``convert_checkpoint`` with the same arguments, reading no more than ``compile_plan`` does."""
-    checked_dtype(dtype)
-    if layout not in (None, PER_EXPERT):
-        get_layout(layout, PER_EXPERT)
+    drop = checked_patterns(drop)
+    check_arguments(layout, source_layout, dtype, max_shard_size)
     if not isinstance(source, Checkpoint):
         refuse_url(source)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
@@ -138,7 +149,12 @@ def compile_conversion(
         carried = problems.accept_unclaimed()
         if not dequantize:
             carried |= plan.sources.hidden - sources.hidden  # tensors of KV caches
-        problems.raise_unless_fit(checkpoint.path, unindexed=checkpoint.unindexed)
+        problems.raise_unless_fit(
+            with_repository(checkpoint.path),
+            unindexed=checkpoint.unindexed,
+            in_files=checkpoint.position,
+            model_is_built=model is not None,
+        )
         if layout == PER_EXPERT:
             grouped_layout = None if source_layout == PER_EXPERT else source_layout
             saved = replace(plan.sources, hidden=plan.sources.hidden | carried)

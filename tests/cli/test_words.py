@@ -4,8 +4,10 @@ import json
 import re
 
 import pytest
+from safetensors.torch import save_file
 from typer.main import get_command
 
+import automodel_conv as amc
 from automodel_conv.cli import words
 from automodel_conv.cli.app import app
 from automodel_conv.files.staging import STAGING_NAME
@@ -78,6 +80,16 @@ def test_command_advises_its_own_options(moe, tmp_path):
         assert "strict=" not in result.stderr
     assert "--no-strict loads what fits" in load.stderr
     assert "strict" not in plan.stderr + convert.stderr
+
+
+@needs_transformers
+def test_command_advises_the_layout_that_the_names_have(moe, tmp_path):
+    grouped = dict(amc.load_state_dict(moe, layout="vllm"))
+    (tmp_path / "config.json").write_bytes((moe / "config.json").read_bytes())
+    save_file(grouped, tmp_path / "model.safetensors")
+    advice = 'the names are those of the layout "vllm": pass --source-layout vllm\n'
+    for command in (["plan"], ["load"], ["load", "--source-layout", "nemo"], ["convert", str(tmp_path / "new")]):
+        assert advice in run(command[0], tmp_path, *command[1:]).stderr
 
 
 @needs_transformers

@@ -49,6 +49,26 @@ def test_layout_needs_a_tensor_with_one_of_its_names():
         check_layout("vllm", table({GATE_UP: (2, 6, 4)}), "source_layout")
 
 
+@pytest.mark.parametrize(
+    ("names", "found", "advice"),
+    [
+        (["norm", "m.experts.down_projs"], "m.experts.down_projs", 'of the layout "nemo": pass source_layout="nemo"'),
+        (
+            ["norm", "m.experts.down_proj"],
+            "m.experts.down_proj",
+            'pass source_layout=: one of "transformers", "gpt_oss"',
+        ),
+        (["norm", "m.experts.0.w2.weight"], "m.experts.0.w2.weight", "leave source_layout out: these experts are not"),
+        (["norm", "m.shared_experts.down_proj"], "norm", "leave source_layout out: no name is that of an expert"),
+    ],
+)
+def test_a_layout_that_no_tensor_has_is_refused_with_the_experts_found(names, found, advice):
+    with pytest.raises(UnsupportedError) as caught:
+        check_layout("vllm", table({name: (2, 6, 4) for name in names}), "source_layout")
+    assert f"found:\n    {found}\n" in str(caught.value)
+    assert advice in str(caught.value)
+
+
 def test_layout_without_experts_is_refused():
     refuse_no_experts(["norm", "m.experts.w2_weight"], "nemo", table({"norm": (4,)}))
     with pytest.raises(UnsupportedError, match=r"'nemo'(.|\n)*norm(.|\n)*leave layout out"):

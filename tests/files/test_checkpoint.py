@@ -252,6 +252,28 @@ def test_missing_path_unlike_a_repository_name_is_not_downloaded(monkeypatch, pa
     refused(path, "no such checkpoint", path)
 
 
+@pytest.mark.parametrize("parent", [".", "{here}"])
+def test_similar_names_next_to_a_missing_path_are_listed(monkeypatch, parent, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    for name in ("qwen3-nemo", "qwen3-nem0", "qwen3_nemo", "qwen3 nemo", "other"):
+        (tmp_path / name).mkdir()
+    start = parent.format(here=tmp_path)
+    text = refused(f"{start}/qwen3-nemos/", "no such checkpoint", f"similar:\n    {start}/qwen3-nemo\n")
+    assert text.count(f"\n    {start}/") == 3
+    assert f"{start}/other" not in text
+    assert "similar" not in refused("missing/qwen3-nemo.safetensors", "no such checkpoint")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "step-100").mkdir()
+    refused("runs/step-10", "huggingface_hub is not installed", "similar:\n    runs/step-100\n")
+
+
+def test_a_home_directory_that_is_not_expanded_is_explained(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in ("~/checkpoint", "~user/checkpoint"):
+        refused(path, "no such checkpoint", "os.path.expanduser")
+
+
 def test_indexed_tensor_missing_from_its_file_is_named(tmp_path):
     weight_map = {"x": "a.safetensors", "y": "a.safetensors", "lost": "b.safetensors"}
     write_sharded(tmp_path, TWO, weight_map)

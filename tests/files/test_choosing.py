@@ -37,6 +37,11 @@ def test_malformed_index(tmp_path, text, words):
     refused(tmp_path, str(path), *words)
 
 
+def test_a_config_is_no_index(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
+    refused(tmp_path / "config.json", "not an index of a checkpoint", "config.json", "pass the directory")
+
+
 @pytest.mark.parametrize(
     "file",
     [

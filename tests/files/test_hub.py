@@ -15,7 +15,7 @@ import torch
 from safetensors.numpy import save_file
 
 import automodel_conv as amc
-from automodel_conv.errors import CheckpointError, ReadError, UnsupportedError
+from automodel_conv.errors import CheckpointError, DestinationError, NameProblems, ReadError, UnsupportedError
 from automodel_conv.execution.host import load_to_host
 from automodel_conv.files.shards import Spec, divide, index_of
 from tests.comparing import assert_same
@@ -258,6 +258,55 @@ def test_offline_conversion_without_tokenizer_is_an_error(hub, repository, tmp_p
     assert not (tmp_path / "made").exists()
 
 
+WRONG = {
+    "layout": ({"layout": "numo"}, "unknown layout"),
+    "source layout": ({"source_layout": "per-expert"}, "unknown layout"),
+    "dtype": ({"dtype": torch.int8}, "not a floating torch dtype"),
+    "dtype as text": ({"dtype": "bf16"}, "not a floating torch dtype"),
+}
+WRONG_CONVERSIONS = WRONG | {
+    "drop": ({"drop": 3}, "not a pattern of names to drop"),
+    "one of drop": ({"drop": ["a", 3]}, "not a pattern of names to drop"),
+    "size": ({"max_shard_size": "much"}, "not a size"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "text"), WRONG.values(), ids=WRONG)
+def test_wrong_arguments_of_a_load_are_found_before_a_download(hub, arguments, text):
+    for load in (amc.load_state_dict, lambda path, **options: amc.load_model(torch.nn.Linear(2, 2), path, **options)):
+        with pytest.raises(UnsupportedError, match=text):
+            load(NAME, **arguments)
+    assert not hub.requests
+
+
+@pytest.mark.parametrize(("arguments", "text"), WRONG_CONVERSIONS.values(), ids=WRONG_CONVERSIONS)
+def test_wrong_arguments_of_a_conversion_are_found_before_a_download(hub, tmp_path, arguments, text):
+    with pytest.raises(UnsupportedError, match=text):
+        amc.convert_checkpoint(NAME, tmp_path / "made", **({"rules": []} | arguments))
+    assert not hub.requests
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_an_occupied_destination_is_found_before_a_download(hub, tmp_path, resume):
+    (tmp_path / "made").mkdir()
+    save_file(TENSORS, tmp_path / "made" / "model.safetensors")
+    with pytest.raises(DestinationError, match="holds a checkpoint already"):
+        amc.convert_checkpoint(NAME, tmp_path / "made", rules=[], resume=resume, max_shard_size=1000)
+    assert not any(request.range is None for request in of_weights(hub))
+    assert not cached(tmp_path) & {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
+
+
+def test_a_finished_conversion_of_a_repository_is_compared_although_the_cache_is_empty(
+    hub, repository, tmp_path, monkeypatch
+):
+    amc.convert_checkpoint(repository, tmp_path / "made", rules=[])
+    assert amc.convert_checkpoint(NAME, tmp_path / "made", rules=[]).was_complete
+    use(hub, tmp_path / "other cache", monkeypatch)
+    with pytest.raises(DestinationError, match="holds a checkpoint already"):
+        amc.convert_checkpoint(NAME, tmp_path / "made", rules=[], dtype=torch.float16, drop=iter(["a"]))
+
+
 def test_private_repository_requires_the_token(repository, tmp_path, monkeypatch):
     with serve({NAME: repository}, token="hf_right") as hub:
         use(hub, tmp_path / "cache", monkeypatch)
@@ -287,13 +336,27 @@ def test_private_repository_requires_the_token(repository, tmp_path, monkeypatch
 def test_advice_fits_what_the_hub_lacks(hub, arguments, advice):
     with pytest.raises(CheckpointError) as caught:
         amc.open_checkpoint(**arguments)
-    assert caught.value.args[0].endswith(f"\n  do:       {advice}")
+    text = caught.value.args[0]
+    assert text.endswith(f"\n  do:       {advice}")
+    assert len(text.splitlines()) == 4, text  # what, where, found, do
 
 
 def test_missing_revision_is_named(hub):
     with pytest.raises(CheckpointError, match=rf"(?s){NAME}, revision v9.*RevisionNotFound"):
         amc.open_checkpoint(NAME, revision="v9")
     assert columns(amc.open_checkpoint(NAME, revision=hub.commit(NAME))) == columns(amc.open_checkpoint(NAME))
+
+
+def test_name_of_the_repository_is_in_the_list_of_problems(hub, tmp_path):
+    for plan in (lambda: amc.load_state_dict(NAME, torch.nn.Linear(2, 2), rules=[]), lambda: of_a_file(tmp_path)):
+        with pytest.raises(NameProblems, match=rf"do not fit together: {NAME} in /.*/snapshots/\w+\n"):
+            plan()
+
+
+def of_a_file(tmp_path):
+    """Plan for a model, given the cached files of the repository."""
+    [snapshot] = (tmp_path / "cache").glob("*/snapshots/*")
+    return amc.compile_plan(snapshot, torch.nn.Linear(2, 2), rules=[])
 
 
 def test_unreachable_server_is_an_error(repository, tmp_path, monkeypatch):

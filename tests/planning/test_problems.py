@@ -26,7 +26,7 @@ def test_one_error_names_every_problem_and_carries_it():
     )
     error = error_of(problems)
     text = str(error)
-    for part in ("the checkpoint", "w: expected [3, 2], found [2, 3]", "d: d1, d2", "i: i.3, i.4", "strict=False"):
+    for part in ("the checkpoint", "w: expected [3, 2], found [2, 3]", "d: d1, d2", "i: i.3, i.4"):
         assert part in text
     assert text.index("missing") < text.index("    m") < text.index("unexpected") < text.index("    u")
     assert (error.missing, error.unexpected, error.mismatched) == (("m",), ("u",), (("w", (2, 3), (3, 2)),))
@@ -40,6 +40,53 @@ def test_without_strict_only_targets_that_cannot_be_filled_count():
     text = str(error_of(problems, strict=False))
     assert "t: an operation fails" in text
     assert "strict=False" not in text
+
+
+def test_strict_is_advised_only_if_it_would_load_what_is_of_use():
+    assert "strict=False loads what fits" in str(error_of(Problems(missing=["m"], unexpected=["u"])))
+    for fatal in (
+        Problems(incomplete=[("t", ("t.3",))]),
+        Problems(incomplete=[("t", ("t.3",))], failed=[("t", "an operation fails")]),
+        Problems(missing=["m"], failed=[("t", "an operation fails")]),
+        Problems(missing=["m.experts.down_proj"], lacks_all_experts=True),
+    ):
+        assert "strict" not in str(error_of(fatal))
+
+
+def test_absent_parts_are_to_be_copied_again_only_if_no_file_has_them():
+    problems, advice = Problems(incomplete=[("t", ("t.3",))]), "copy or download the files again: no file has these"
+    assert advice in str(error_of(problems, in_files={"t.2"}))
+    assert advice not in str(error_of(problems, in_files={"t.3"}))  # the caller leaves it out
+    assert advice not in str(error_of(problems))
+    in_a_file = str(error_of(problems, in_files={"t.2"}, unindexed=[("t.3", "b.safetensors")]))
+    assert advice not in in_a_file
+    assert "download the index and the files again" in in_a_file
+    assert advice not in str(error_of(Problems(missing=["m"]), in_files={"t.2"}))
+
+
+def of_numbers(experts, router):
+    """Return the problems of a model with 32 experts in each of two layers; the checkpoint has other numbers."""
+    paths = [f"layers.{layer}.experts.down_proj" for layer in range(2)]
+    problems = Problems(mismatched=[(path, (experts, 4, 3), (32, 4, 3)) for path in paths])
+    problems.incomplete = [(path, (f"{path}.31",)) for path in paths if experts < 32]
+    problems.mismatched += [(f"layers.{layer}.gate.weight", (router, 4), (32, 4)) for layer in range(2) if router != 32]
+    return problems
+
+
+def test_different_numbers_of_experts_are_stated_in_one_line():
+    title, line, *_ = str(error_of(of_numbers(16, 16), in_files=(), model_is_built=True)).split("\n")
+    assert title == "checkpoint and model do not fit together: the checkpoint"
+    assert line == "  config.json states 32 experts, the files have 16"
+    assert "  the model has 32 experts, the files have 64\n" in str(error_of(of_numbers(64, 64), in_files=()))
+    assert "  the model has 32 experts, the tensors have 16\n" in str(error_of(of_numbers(16, 16)))
+    assert "copy or download" not in str(error_of(of_numbers(16, 16), in_files=()))
+
+
+def test_experts_that_the_router_has_are_missing_from_the_files():
+    for problems in (of_numbers(31, 32), of_numbers(16, 24)):
+        text = str(error_of(problems, in_files=()))
+        assert "experts," not in text
+        assert "copy or download the files again" in text
 
 
 def test_missing_parts_explain_the_shape_of_their_target():

@@ -13,6 +13,7 @@ from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.problems import Problems
 from automodel_conv.planning.rule_outputs import RuleOutputs
 from automodel_conv.planning.unmarked import (
+    layout_advice,
     refuse_contradictions,
     refuse_grouped,
     refuse_other_layouts,
@@ -52,11 +53,18 @@ def refuse_unknown(plan, gated=True, layout="transformers"):
 
 def test_experts_that_have_the_transposed_shape_of_the_model_are_refused():
     problems = Problems(mismatched=[(GATE_UP, (2, 4, 6), (2, 6, 4))])
-    with pytest.raises(UnsupportedError, match=r"(?s)m\.experts\.gate_up_proj.*source_layout=") as caught:
+    with_the_name = r'(?s)m\.experts\.gate_up_proj.*pass source_layout=: one of "transformers", "gpt_oss"\n'
+    with pytest.raises(UnsupportedError, match=with_the_name) as caught:
         refuse_other_layouts(problems, unchanged(gate_up_proj=(2, 4, 6)), NO_RULES, model_states_layout=True)
     assert "if the model has its experts" not in str(caught.value)
     with pytest.raises(UnsupportedError, match='layout="gpt_oss" if the model has its experts'):
         refuse_other_layouts(problems, unchanged(gate_up_proj=(2, 4, 6)), NO_RULES, model_states_layout=False)
+
+
+def test_advice_names_only_layouts_that_have_the_names():
+    assert layout_advice("layout", ["m.experts.w2_weight"]).endswith('pass {layout="vllm"}')
+    assert layout_advice("layout", [GATE_UP, DOWN]).endswith('pass {layout=}: one of "transformers", "gpt_oss"')
+    assert all(f'"{name}"' in layout_advice("layout", ["m.experts.w2_weight", DOWN]) for name in LAYOUTS)
 
 
 @pytest.mark.parametrize("found", [(2, 6, 5), (3, 6, 4), (6, 4)])
@@ -67,7 +75,8 @@ def test_another_shape_than_the_transposed_one_is_left_to_the_list_of_problems(f
 
 def test_names_of_another_layout_are_refused_if_the_model_lacks_experts():
     problems = Problems(unexpected=["m.experts.gate_and_up_projs"], missing=[GATE_UP])
-    with pytest.raises(UnsupportedError, match=r"(?s)gate_and_up_projs.*source_layout="):
+    only_one = r'(?s)gate_and_up_projs.*the names are those of the layout "nemo": pass source_layout="nemo"\n'
+    with pytest.raises(UnsupportedError, match=only_one):
         refuse_other_layouts(problems, unchanged(), NO_RULES, model_states_layout=True)
     problems.missing = ["m.norm"]
     refuse_other_layouts(problems, unchanged(), NO_RULES, model_states_layout=True)

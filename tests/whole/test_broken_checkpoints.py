@@ -233,9 +233,29 @@ def test_not_strict_loads_what_fits_and_reports_the_rest(checkpoint):
     assert_bytes_equal(model.layers[1].norm.detach(), tensors(1)["layers.1.norm"])
 
 
+def test_not_strict_is_not_advised_for_a_model_without_any_expert(checkpoint):
+    for number in (1, 2):
+        save_file({f"layers.{number - 1}.norm": torch.ones(H)}, shard(checkpoint, number))
+    write_index(checkpoint, {f"layers.{number - 1}.norm": shard(checkpoint, number).name for number in (1, 2)})
+    with pytest.raises(amc.NameProblems, match="gate_up_proj") as caught:
+        amc.load_model(Model(), checkpoint, rules=rules())
+    assert "strict=" not in str(caught.value)
+    write_index(checkpoint, {"layers.0.norm": shard(checkpoint, 1).name})
+    for name in ("experts.gate_up_proj", "experts.down_proj"):  # one layer has its experts, of all that are missing
+        save_file(
+            {"layers.0.norm": torch.ones(H), f"layers.0.{name}": Model().state_dict()[f"layers.0.{name}"]},
+            shard(checkpoint, 1),
+        )
+        write_index(checkpoint, dict.fromkeys(["layers.0.norm", f"layers.0.{name}"], shard(checkpoint, 1).name))
+        with pytest.raises(amc.NameProblems, match="strict=False loads what fits"):
+            amc.load_model(Model(), checkpoint, rules=rules())
+
+
 def test_not_strict_still_refuses_impossible_conversions(checkpoint):
     edit_tensors(checkpoint, lambda changed: changed.pop(EXPERT))
     model = Model()
-    with pytest.raises(amc.NameProblems, match="incomplete"):
-        amc.load_model(model, checkpoint, rules=rules(), strict=False)
+    for strict in (True, False):
+        with pytest.raises(amc.NameProblems, match=r"incomplete(.|\n)*copy or download the files again") as caught:
+            amc.load_model(model, checkpoint, rules=rules(), strict=strict)
+        assert "strict=" not in str(caught.value)
     assert (model.layers[1].norm.detach().view(torch.uint8) == POISON).all()

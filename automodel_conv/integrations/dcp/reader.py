@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from automodel_conv.compiling.options import PlanSettings
-from automodel_conv.compiling.planned import load_plan
+from automodel_conv.compiling.planned import check_options, load_plan
 from automodel_conv.compiling.stages import without_casts
 from automodel_conv.distributed.placements import is_distributed, local_of
 from automodel_conv.doors import at_door
@@ -30,6 +30,7 @@ from automodel_conv.execution.filling import Limits, fill
 from automodel_conv.execution.report import Clock, LoadReport, report_of
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint, open_downloaded
+from automodel_conv.files.hub import with_repository
 from automodel_conv.planning.names import plain_names
 from automodel_conv.planning.plan import CopyPlan, plan_of_parts
 from automodel_conv.planning.problems import Problems
@@ -126,10 +127,16 @@ class HuggingFaceReader(StorageReader):
         """Open the checkpoint and compile its plan."""
         clock = Clock()
         with at_door("planning", lambda: self._given):
+            check_options(self._options)  # before a download
             checkpoint = open_downloaded(self._path)
             clock.lap("open")
             whole, problems, model = load_plan(checkpoint, self._model, self._options)
-            problems.raise_unless_fit(checkpoint.path, unindexed=checkpoint.unindexed)
+            problems.raise_unless_fit(
+                with_repository(checkpoint.path),
+                unindexed=checkpoint.unindexed,
+                in_files=checkpoint.position,
+                model_is_built=self._model is None and self._options.rules is None,
+            )
             self.left_out = checkpoint.left_out(whole.unused_sources)
         plan = without_casts(whole)  # cast only once, to the dtype of the tensors that are loaded into
         target_names = {target.name: target.name for target in plan.targets}
