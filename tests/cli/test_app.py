@@ -200,7 +200,7 @@ def test_verify_names_the_first_element_that_differs(plain, tmp_path):
     assert run("convert", plain, new, "--no-model").exit_code == 0
     result = run("verify", plain, new)
     assert result.exit_code == 0, result.output
-    assert result.stdout == "2 tensors in 1 file, 0.000 GB: bit-identical to the source\n"
+    assert result.stdout == "2 tensors in 1 file, 32 bytes: bit-identical to the source\n"
     file = new / "model.safetensors"
     data = bytearray(file.read_bytes())
     data[-3] ^= 1
