@@ -17,7 +17,7 @@ from transformers.core_model_loading import Chunk, WeightConverter
 import automodel_conv as amc
 from automodel_conv.integrations import hooked_files
 from automodel_conv.integrations import transformers as hook
-from automodel_conv.integrations.hooked_plan import NOT_OPENED_HERE, WAITS_FOR_NAMES
+from automodel_conv.integrations.hooked_plan import ALL, NOT_OPENED_HERE, WAITS_FOR_NAMES
 from automodel_conv.testing import assert_bytes_equal
 from tests.integrations.toys import PARTS, joined, load, same_under_the_hook
 from tests.model_zoo import build_model, write_checkpoint
@@ -93,7 +93,7 @@ def test_refused_header_is_the_reason_for_targets_left(tmp_path, monkeypatch):
     monkeypatch.setattr(hooked_files, "read_header", refused)
     done = same_under_the_hook(tmp_path, [joined()], **PARTS)
     assert done.lowered == ()
-    assert done.left == {hook.ALL: f"odd header of {tmp_path / 'toy.safetensors'}"}
+    assert done.left == {ALL: f"odd header of {tmp_path / 'toy.safetensors'}"}
     assert "0 converted by plan, all by transformers" in str(hook.Acceleration([done]))
 
 
@@ -102,4 +102,4 @@ def test_load_with_files_opened_before_install_is_left(tmp_path):
     installed = []
     assert load(tmp_path, [joined()], between=lambda: installed.append(amc.install()), **PARTS) == stock
     assert len(installed) == 2
-    assert installed[0].loads == [("Toy", (), {hook.ALL: NOT_OPENED_HERE}, (), (), 0)]
+    assert installed[0].loads == [("Toy", (), {ALL: NOT_OPENED_HERE}, (), (), 0)]

@@ -27,7 +27,7 @@ from automodel_conv.files.header import read_header
 from automodel_conv.files.source import LocalFile
 from automodel_conv.integrations import hooked_files
 from automodel_conv.integrations import transformers as hook
-from automodel_conv.integrations.hooked_plan import NOT_OPENED_HERE
+from automodel_conv.integrations.hooked_plan import ALL, NOT_OPENED_HERE
 from automodel_conv.testing import assert_bytes_equal
 from tests.integrations.support import assert_same_model, both, saved
 from tests.integrations.toys import PARTS, joined, load
@@ -204,7 +204,7 @@ def test_state_dict_in_memory_is_left_to_transformers(mixtral):
         model = model_class.from_pretrained(None, config=config, state_dict=tensors)
     assert_same_model(model, model_class.from_pretrained(source))
     [load] = acceleration.loads
-    assert (load.lowered, load.left) == ((), {hook.ALL: NOT_OPENED_HERE})
+    assert (load.lowered, load.left) == ((), {ALL: NOT_OPENED_HERE})
 
 
 def test_patched_operation_runs_as_without_the_hook(mixtral, monkeypatch):
