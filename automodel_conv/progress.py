@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 # Size assumed for a terminal that reports none, as that of ``script`` or of a container. tqdm would draw nothing.
-_USUAL_SIZE = {"ncols": 80, "nrows": 24}
+_COLUMNS, _ROWS = 80, 24
 
 
 class SharedBar:
@@ -43,8 +43,10 @@ def shared_progress(description: str, enabled: bool) -> Iterator[SharedBar | boo
         return
     from tqdm import tqdm
 
-    size = _USUAL_SIZE if _has_no_size(sys.stderr) else {}
-    with tqdm(total=0, desc=description, unit="B", unit_scale=True, unit_divisor=1000, **size) as bar:
+    columns, rows = (_COLUMNS, _ROWS) if _has_no_size(sys.stderr) else (None, None)
+    with tqdm(
+        total=0, desc=description, unit="B", unit_scale=True, unit_divisor=1000, ncols=columns, nrows=rows
+    ) as bar:
         yield SharedBar(bar)
 
 
