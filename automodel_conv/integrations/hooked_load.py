@@ -52,7 +52,7 @@ class HookedLoad(NamedTuple):
         )
         left = "all by transformers"
         if ALL not in self.left:
-            left = f"{len(self.left)} by transformers; the others need no conversion"
+            left = f"{len(self.left)} by transformers; all other tensors need no conversion"
         lines = [f"{self.model}: {len(self.lowered)} converted by plan, {left}"]
         lines += [f"  mapped: {self.bytes_mapped / 1e9:.3f} GB"] if self.bytes_mapped else []
         for label, names in kinds:
