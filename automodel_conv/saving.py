@@ -114,11 +114,12 @@ def save_checkpoint(
     scratch_bytes: int | None = None,
     progress: bool = False,
 ) -> SaveReport:
-    """Write a checkpoint in its published, per-expert format, straight from the tensors of a model.
+    """Write a checkpoint under its published names, straight from a model, or from a state dict with ``rules``.
 
     The result is what ``save_pretrained`` would write: the same names, shapes and bytes, tied weights once, and the
-    config. No converted copy of the model is created; tensors on a GPU pass through pinned memory. At the end the
-    directory is a complete checkpoint. If writing fails, all of its files are removed.
+    config of a model. With only ``layout``, a state dict keeps its experts grouped, in the layout of transformers. No
+    converted copy of the model is created; tensors on a GPU pass through pinned memory. At the end the directory is a
+    complete checkpoint. If writing fails, all of its files are removed.
 
     With DTensors, all ranks must call this function, on a file system that they share, and each writes its own parts.
     Plain tensors and buffers next to DTensors belong to all ranks and must be equal on all of them. Without DTensors,
@@ -134,7 +135,7 @@ def save_checkpoint(
             names stays, because only a model shows whether it belongs to them.
         directory: path of a directory that is new, or has no weights in it.
         rules: rule objects of transformers; they are reversed. None: the model's own rules. ``[]``: keep the names. A
-            state dict needs ``rules``, ``layout`` or ``reference``.
+            state dict needs ``rules``, ``layout`` or ``reference``; only ``rules`` split its grouped experts.
         layout: layout of the experts in the model or state dict: "transformers", "nemo", "gpt_oss" or "vllm". None: the
             layout of the model's own parameters.
         reference: path of a checkpoint. Its names, and its division into files, are restored. To split grouped

@@ -293,7 +293,7 @@ def about(environment: Mapping[str, Any]) -> str:
     parts = [
         f"{environment['cores']} cores of {cpu or environment['machine']}",
         f"{total / 2**30:.0f} GiB" if total else "",
-        f"Linux {environment['kernel']}",
+        f"Linux {environment['kernel'].partition('-')[0]}",
         f"transparent huge pages: {_chosen(pages)}" if pages else "",
     ]
     if speeds:

@@ -33,9 +33,9 @@ def main() -> None:
         if path == directory:
             Qwen3MoeForCausalLM(SMALL).save_pretrained(directory)
 
-        with amc.accelerate_transformers() as done:
+        with amc.accelerate_transformers() as record:
             model = AutoModelForCausalLM.from_pretrained(path)
-        print(done)
+        print(record)
 
         usual = AutoModelForCausalLM.from_pretrained(path).state_dict()
         for name, tensor in model.state_dict().items():

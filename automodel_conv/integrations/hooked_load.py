@@ -56,7 +56,7 @@ class HookedLoad(NamedTuple):
         )
         left = "all by transformers"
         if ALL not in self.left:
-            left = f"{len(self.left)} by transformers; the others need no conversion"
+            left = f"{len(self.left)} by transformers; all other tensors need no conversion"
         lines = [f"{self.model}: {len(self.lowered)} converted by plan, {left}"]
         lines += [f"  mapped: {decimal(self.bytes_mapped)}"] if self.bytes_mapped else []
         for label, names in kinds:

@@ -39,7 +39,7 @@ _MODULES = ("transformers.modeling_utils", "transformers.modeling_layers")
 
 @dataclass
 class Acceleration:
-    """Reports of the loads that ran under the hook."""
+    """The record of the loads that ran under the hook, as ``install`` and ``accelerate_transformers`` return it."""
 
     loads: list[HookedLoad] = field(default_factory=list)
     """Report of each load, in order. The list grows until the hook is uninstalled, so a process that keeps loading
@@ -71,14 +71,14 @@ def install(memory_map: bool = False) -> Acceleration:
         >>> from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
         >>> sizes = {"num_hidden_layers": 1, "num_experts": 2, "hidden_size": 64, "moe_intermediate_size": 8}
         >>> model = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=9, **sizes))
-        >>> acceleration = install()
+        >>> record = install()
         >>> with TemporaryDirectory() as directory:
         ...     model.save_pretrained(directory)
         ...     loaded = Qwen3MoeForCausalLM.from_pretrained(directory)
         >>> uninstall()
-        >>> [load.model for load in acceleration.loads]
+        >>> [load.model for load in record.loads]
         ['Qwen3MoeForCausalLM']
-        >>> sorted(acceleration.loads[0].lowered)
+        >>> sorted(record.loads[0].lowered)
         ['model.layers.0.mlp.experts.down_proj', 'model.layers.0.mlp.experts.gate_up_proj']
     """
     with _HOOK.lock:
@@ -94,7 +94,7 @@ def uninstall() -> None:
     an effect.
 
     Example:
-        >>> acceleration = install()
+        >>> record = install()
         >>> uninstall()
         >>> uninstall()  # nothing is left to restore
     """
@@ -126,11 +126,11 @@ def accelerate_transformers(memory_map: bool = False) -> Iterator[Acceleration]:
         >>> from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
         >>> sizes = {"num_hidden_layers": 1, "num_experts": 2, "hidden_size": 64, "moe_intermediate_size": 8}
         >>> model = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=9, **sizes))
-        >>> with TemporaryDirectory() as directory, accelerate_transformers() as acceleration:
+        >>> with TemporaryDirectory() as directory, accelerate_transformers() as record:
         ...     model.save_pretrained(directory)
         ...     loaded = Qwen3MoeForCausalLM.from_pretrained(directory)
-        >>> print(acceleration)
-        Qwen3MoeForCausalLM: 2 converted by plan, 0 by transformers; the others need no conversion
+        >>> print(record)
+        Qwen3MoeForCausalLM: 2 converted by plan, 0 by transformers; all other tensors need no conversion
     """
     with _HOOK.lock:
         acceleration = _HOOK.put()

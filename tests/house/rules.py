@@ -11,8 +11,8 @@ from tests.house.source_tree import Import, SourceTree, circles
 
 _ROOM = re.compile(r"`([\w.]+\.py|\w+/)`")
 _HEADER = "| level | components |"
-FRONT_DOORS = "front doors:"
-"""Start of the description of the storey that holds the front doors."""
+DOORS = "public functions (doors):"
+"""Start of the description of the storey that holds the doors."""
 
 IMPURE = {
     *("transformers", "safetensors", "huggingface_hub", "fsspec"),
@@ -36,7 +36,7 @@ class Storeys(NamedTuple):
         doors: list[str] = []
         for _, rooms, what, *_ in _rows(text):
             levels.append(_ROOM.findall(rooms))
-            if what.startswith(FRONT_DOORS):
+            if what.startswith(DOORS):
                 doors += levels[-1]
         return cls(levels, doors)
 
@@ -102,7 +102,7 @@ def arrows_up_or_across(tree: SourceTree, storeys: Storeys) -> list[str]:
 def doors_on_doors(tree: SourceTree, storeys: Storeys) -> list[str]:
     do = "move what both doors need to a room below them"
     return [
-        f"a front door uses a front door\n  {_text_of(tree, arrow)}\n  do: {do}"
+        f"a door uses a door\n  {_text_of(tree, arrow)}\n  do: {do}"
         for (start, stop), arrow in tree.arrows.items()
         if start in storeys.doors and stop in storeys.doors
     ]

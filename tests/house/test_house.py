@@ -60,7 +60,7 @@ def test_room_uses_rooms_below_it_only(tree, storeys):
     refuse(rules.arrows_up_or_across(tree, storeys))
 
 
-def test_no_front_door_uses_a_front_door(tree, storeys):
+def test_no_door_uses_a_door(tree, storeys):
     public = {home.removeprefix("automodel_conv.") for home in automodel_conv._DEFINED_IN}
     assert {f"{home}.py" for home in public if "." not in home} - {"errors.py"} == {*storeys.doors}
     refuse(rules.doors_on_doors(tree, storeys))

@@ -11,7 +11,7 @@ TABLE = """
 |---|---|---|---|
 | 6 | `cli/` | the command line | all |
 | 5 | `__init__.py` | names | all |
-| 4 | `loading.py`, `saving.py` | front doors: arguments | plans |
+| 4 | `loading.py`, `saving.py` | public functions (doors): arguments | plans |
 | 3 | `schedule/`, `upstream/` | plans | shapes |
 | 2 | `planning/` | plans | shapes |
 | 1 | `files/` | files | bytes |

@@ -40,7 +40,7 @@ def test_printed_report_groups_names_by_reason_and_is_short():
     left = {f"layers.{layer}.w": "it is sharded while it is loaded" for layer in range(200)} | {"other": "no"}
     text = str(hooked_load.HookedLoad("Toy", ("a", "b"), left, ("spare",), (("stale", "b.safetensors"),), 3 << 20))
     assert text.splitlines() == [
-        "Toy: 2 converted by plan, 201 by transformers; the others need no conversion",
+        "Toy: 2 converted by plan, 201 by transformers; all other tensors need no conversion",
         "  mapped: 3.1 MB",
         "  200 by transformers: it is sharded while it is loaded",
         "    layers.0.w",

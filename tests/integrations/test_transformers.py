@@ -421,7 +421,7 @@ def test_report_has_counts_and_reasons(mixtral):
     with amc.accelerate_transformers() as acceleration:
         assert str(acceleration) == "no load yet"
         mixtral[0].from_pretrained(mixtral[1])
-    assert str(acceleration).endswith("converted by plan, 0 by transformers; the others need no conversion")
+    assert str(acceleration).endswith("converted by plan, 0 by transformers; all other tensors need no conversion")
 
 
 def test_load_with_files_opened_before_uninstall_ends(tmp_path):
