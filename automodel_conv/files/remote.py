@@ -86,7 +86,7 @@ class RemoteFolder(NamedTuple):
     system: Any
     """fsspec's file system."""
     path: str
-    """Path of the folder as the file system has it."""
+    """Path of the folder as the file system has it, without a slash at its end; empty for the root."""
     url: str
     """URL of the folder without credentials and query."""
     name: str
@@ -96,7 +96,10 @@ class RemoteFolder(NamedTuple):
 
     @property
     def lists_names(self) -> bool:
-        """Whether the names in the folder can be listed, for which web servers have no common way."""
+        """Whether the file system lists the names in a folder.
+
+        Web servers have no common way to do so.
+        """
         return not self.url.startswith(("http://", "https://"))
 
     def path_of(self, name: str) -> str:
@@ -117,21 +120,22 @@ def find_folder(url: str) -> RemoteFolder:
     protocol = url.partition("://")[0].lower()
     is_web = protocol in ("http", "https")
     location, mark, query = url.partition("?") if is_web else (url, "", "")
-    location = location.rstrip("/")
-    is_file = location.endswith((".safetensors", ".json", *ADVICE)) and location.count("/") > 2
-    location, name = os.path.split(location) if is_file else (location, "")
-    shown = _without_secrets(location)
+    scheme, _, location = location.partition("://")
+    location, name = location.rstrip("/"), ""
+    if "/" in location and location.endswith((".safetensors", ".json", *ADVICE)):
+        location, _, name = location.rpartition("/")
+        location = location.rstrip("/")
+    shown = _without_secrets(f"{scheme}://{location}")
     try:
         from fsspec.config import conf
         from fsspec.core import url_to_fs
 
         options: dict[str, Any] = {"use_listings_cache": False}  # another process may add files at any time
         if is_web:
-            given = [
-                conf.get(name, {}).get("client_kwargs", {}) for name in ("http", "https")
-            ]  # fsspec merges them too
+            # fsspec merges the settings of both schemes.
+            given = [conf.get(scheme, {}).get("client_kwargs", {}) for scheme in ("http", "https")]
             options["client_kwargs"] = {**given[0], **given[1], "raise_for_status": _refuse_whole_file}
-        file_system, path = url_to_fs(location, **options)
+        file_system, path = url_to_fs(f"{scheme}://{location or '/'}", **options)
     except ImportError as error:
         extra = _EXTRAS.get(protocol)
         raise checkpoint_error(
@@ -158,7 +162,7 @@ def fetch_small_files(folder: RemoteFolder) -> tuple[list[str], SmallFiles]:
         names = [folder.name]
     elif folder.lists_names:
         with _errors(folder.url):
-            names = [os.path.basename(path) for path in folder.system.ls(folder.path, detail=False)]
+            names = [os.path.basename(path) for path in folder.system.ls(folder.path or "/", detail=False)]
     else:
         names = [*([] if folder.name else [INDEX_NAME]), *_SMALL]
     named = [folder.name] if folder.name.endswith(".json") else []

@@ -236,6 +236,24 @@ def test_missing_file_is_named(url, folder, request):
         amc.open_checkpoint(url)
 
 
+@pytest.mark.parametrize("url", ["memory://", "memory:///", "memory:///model.safetensors.index.json"])
+def test_files_at_the_root_of_a_file_system_are_read(url, folder):
+    store = fsspec.filesystem("memory")
+    store.put([str(path) for path in folder.iterdir()], [f"/{path.name}" for path in folder.iterdir()])
+    try:
+        assert_same(amc.load_state_dict(url, rules=[]), TENSORS)
+        assert amc.open_checkpoint(url).files[0] == "memory:///model-00001-of-00002.safetensors"
+    finally:
+        for path in folder.iterdir():
+            store.rm(f"/{path.name}")
+
+
+def test_root_of_this_machine_is_not_the_current_directory(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    with pytest.raises(CheckpointError, match=r"where: +file://\n"):
+        amc.open_checkpoint("file:///")
+
+
 def test_missing_folder_is_named(url):
     with pytest.raises(CheckpointError, match=r"(?s)where: +\S+absent"):
         amc.open_checkpoint(f"{url}/absent")
@@ -424,6 +442,10 @@ def test_files_that_another_process_adds_are_seen(folder):
         ("https://h/a/model.safetensors?q=a/b", "https://h/a", "model.safetensors", "https://h/a"),
         ("memory://b/x.json", "/b", "x.json", "memory://b"),
         ("memory://x.json", "/x.json", "", "memory://x.json"),
+        ("memory://", "", "", "memory://"),
+        ("memory:///x.json", "", "x.json", "memory://"),
+        ("file:///", "", "", "file://"),
+        ("file:///x.json", "", "x.json", "file://"),
     ],
 )
 def test_url_is_taken_apart(url, path, name, shown):
