@@ -68,16 +68,18 @@ class SmallFiles:
     def __init__(self, files: dict[str, bytes]):
         with write_errors("the temporary directory"):
             self.folder = system.make_temporary_directory("automodel_conv-")
-            weakref.finalize(self, _remove, self.folder)
+            weakref.finalize(self, _remove, self.folder, os.getpid())
             for name, data in files.items():
                 path = os.path.join(self.folder, name)
                 with system.create(path) as file:
                     write_exactly(file.fileno(), [memoryview(data)], 0, path)
 
 
-def _remove(folder: str) -> None:
-    with suppress(OSError):
-        remove_all(folder)
+def _remove(folder: str, pid: int) -> None:
+    """Remove a folder in the process that made it; a forked process inherits the finalizer but not the folder."""
+    if os.getpid() == pid:
+        with suppress(OSError):
+            remove_all(folder)
 
 
 class RemoteFolder(NamedTuple):

@@ -22,7 +22,7 @@ import automodel_conv as amc
 from automodel_conv.cli.demo import TINY
 from automodel_conv.cli.demo_process import write_checkpoint
 from automodel_conv.errors import CheckpointError, ReadError, UnsupportedError, WriteError
-from automodel_conv.files.remote import find_folder
+from automodel_conv.files.remote import SmallFiles, find_folder
 from automodel_conv.integrations.dcp import HuggingFaceReader, HuggingFaceWriter
 from tests.cli.support import run, value
 from tests.comparing import assert_same
@@ -387,6 +387,20 @@ def test_small_files_are_removed_with_the_checkpoint(url, temporary):
     assert len(os.listdir(temporary)) == 1
     del sources
     gc.collect()
+    assert not os.listdir(temporary)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # the child calls nothing that takes a lock
+def test_forked_process_leaves_the_small_files_of_its_parent(temporary):
+    small = SmallFiles({"config.json": b"{}"})
+    child = os.fork()
+    if not child:
+        del small
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert Path(small.folder, "config.json").read_text() == "{}"
+    del small
     assert not os.listdir(temporary)
 
 
