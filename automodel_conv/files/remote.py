@@ -31,6 +31,8 @@ _SECRETS = re.compile(r"(?<=://)[^\s/]*@|\?\S+")
 _EXTRAS = {"http": "http", "https": "http", "s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 """Extra of this package that installs the library for a protocol."""
 _SMALL = (CONFIG_NAME, MODELOPT_NAME, CHECKSUMS_NAME)
+_ABSENT = (401, 403, 404, 410)
+"""Answers of web servers for a file that does not exist. Stores deny it if the caller may not list the names."""
 _NO_RANGES = "the server ignores ranges and sends the whole file; download the files, or serve them with ranges"
 
 
@@ -172,13 +174,28 @@ def fetch_small_files(folder: RemoteFolder) -> tuple[list[str], SmallFiles]:
     with _errors(folder.url):
         results = folder.system.cat_ranges(list(map(folder.path_of, wanted)), 0, MAX_INDEX_BYTES, on_error="return")
     files: dict[str, bytes] = {}
+    denied: dict[str, Exception] = {}
     for name, result in zip(wanted, results, strict=True):
         if isinstance(result, bytes):
             files[name] = result
+        elif name != folder.name and not folder.lists_names and getattr(result, "status", None) in _ABSENT:
+            denied[name] = result
         elif not isinstance(result, FileNotFoundError) or name == folder.name:
             with _errors(f"{folder.url}/{name}"):
                 raise result
+    if denied and not files and not folder.name:
+        _refuse_denied(folder, denied)
     return names if folder.lists_names else [*files, SINGLE_NAME], SmallFiles(files)
+
+
+def _refuse_denied(folder: RemoteFolder, denied: dict[str, Exception]) -> None:
+    """Raise the first error of files that may be absent, unless the single file that needs none of them exists."""
+    name, error = next(iter(denied.items()))
+    with _errors(f"{folder.url}/{name}"):
+        try:
+            folder.system.info(folder.path_of(SINGLE_NAME))
+        except Exception:  # each library has errors of its own
+            raise error from None
 
 
 @dataclass(frozen=True)

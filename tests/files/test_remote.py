@@ -212,6 +212,27 @@ def test_server_without_head_is_read(web):
     assert_same(amc.load_state_dict(web.url, rules=[]), TENSORS)
 
 
+@pytest.mark.parametrize("status", [401, 403, 404, 410])
+def test_small_files_that_a_server_denies_are_absent(web, folder, status):
+    web.absent_status = status
+    assert_same(amc.load_state_dict(web.url, rules=[]), TENSORS)
+    (folder / "config.json").unlink()
+    assert amc.open_checkpoint(f"{web.url}/model-00001-of-00002.safetensors").names == ["a", "b"]
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(CheckpointError, match=rf"(?s)where: +\S+/model.*safetensors.*{status}"):
+        amc.open_checkpoint(web.url)
+    with pytest.raises(CheckpointError, match=rf"(?s)where: +\S+/absent.*json\n.*{status if status != 404 else ''}"):
+        amc.open_checkpoint(f"{web.url}/absent.safetensors.index.json")
+    (folder / "model-00002-of-00002.safetensors").rename(folder / "model.safetensors")
+    assert amc.open_checkpoint(web.url).names == ["c", "d"]
+
+
+def test_first_denied_file_is_named_if_nothing_can_be_read(web):
+    web.status = 403
+    with pytest.raises(CheckpointError, match=r"(?s)where: +\S+/model.safetensors.index.json\n.*403.*access rights"):
+        amc.open_checkpoint(web.url)
+
+
 def test_server_without_ranges_is_refused_before_it_sends_a_file(web, folder):
     web.takes_ranges = False
     with (folder / "model-00001-of-00002.safetensors").open("r+b") as file:
