@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from automodel_conv.errors import ReadError, UnsupportedError, message
@@ -215,15 +216,19 @@ class RemoteFile:
         return repr(self._info())  # the size, and an ETag or a time, under names that depend on the library
 
     def open(self) -> OpenSource:
-        """Request the size of the file.
+        """Request the size of the file, the first time.
 
         Raises:
             OSError: the file does not exist or cannot be read.
         """
+        return _OpenRemoteFile(self, self._nbytes)
+
+    @cached_property
+    def _nbytes(self) -> int:
         size = self._info().get("size")
         if size is None:
             raise OSError("the server does not state the size of the file; download the files first")
-        return _OpenRemoteFile(self, size)
+        return size
 
     def _info(self) -> dict[str, Any]:
         try:

@@ -182,6 +182,14 @@ def test_opening_costs_two_ranges_a_file_and_no_tensor_data(web, folder):
     assert web.sent < sum(path.stat().st_size for path in folder.iterdir()) / 10
 
 
+def test_load_requests_the_size_of_each_file_once(web):
+    amc.load_state_dict(web.url, rules=[], threads=4)
+    assert sorted(one.name for one in web.of(".safetensors", "HEAD")) == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ]
+
+
 def test_presigned_url_is_one_file(web):
     web.query = "X-Amz-Signature=hidden&X-Amz-Credential=also"
     checkpoint = amc.open_checkpoint(f"{web.url}/model-00001-of-00002.safetensors?{web.query}")
@@ -311,7 +319,9 @@ def test_file_that_vanishes_after_opening_is_an_error(web, folder):
     checkpoint = amc.open_checkpoint(web.url)
     (folder / "model-00001-of-00002.safetensors").unlink()
     with pytest.raises(OSError, match="404"):
-        checkpoint.sources[0].open()
+        checkpoint.sources[0].identity()
+    with pytest.raises(ReadError, match="FileNotFoundError"):
+        checkpoint.sources[0].open().read_into([memoryview(bytearray(8))], 0)
     assert checkpoint.sources[1].identity() == checkpoint.sources[1].identity()
 
 
