@@ -21,7 +21,7 @@ from automodel_conv.files import system
 from automodel_conv.files.choosing import ADVICE, INDEX_NAME, INDEX_SUFFIX, MAX_INDEX_BYTES, SINGLE_NAME
 from automodel_conv.files.config import CONFIG_NAME, MODELOPT_NAME
 from automodel_conv.files.full_io import write_exactly
-from automodel_conv.files.header import checkpoint_error
+from automodel_conv.files.header import checkpoint_error, too_large
 from automodel_conv.files.shards import CHECKSUMS_NAME
 from automodel_conv.files.source import Identity, OpenSource
 from automodel_conv.files.staging import remove_all
@@ -172,12 +172,15 @@ def fetch_small_files(folder: RemoteFolder) -> tuple[list[str], SmallFiles]:
         names = [*([] if folder.name else [INDEX_NAME]), *_SMALL]
     named = [folder.name] if folder.name.endswith(".json") else []
     wanted = list(dict.fromkeys([*named, *(n for n in names if n in _SMALL or n.endswith(INDEX_SUFFIX))]))
+    paths = list(map(folder.path_of, wanted))
     with _errors(folder.url):
-        results = folder.system.cat_ranges(list(map(folder.path_of, wanted)), 0, MAX_INDEX_BYTES, on_error="return")
+        results = folder.system.cat_ranges(paths, 0, MAX_INDEX_BYTES + 1, on_error="return")
     files: dict[str, bytes] = {}
     denied: dict[str, Exception] = {}
     for name, result in zip(wanted, results, strict=True):
         if isinstance(result, bytes):
+            if len(result) > MAX_INDEX_BYTES:
+                raise too_large(f"{folder.url}/{name}", MAX_INDEX_BYTES, f"more than {MAX_INDEX_BYTES}")
             files[name] = result
         elif name != folder.name and not folder.lists_names and getattr(result, "status", None) in _ABSENT:
             denied[name] = result

@@ -22,6 +22,7 @@ import automodel_conv as amc
 from automodel_conv.cli.demo import TINY
 from automodel_conv.cli.demo_process import write_checkpoint
 from automodel_conv.errors import CheckpointError, ReadError, UnsupportedError, WriteError
+from automodel_conv.files import choosing, remote
 from automodel_conv.files.remote import SmallFiles, find_folder
 from automodel_conv.integrations.dcp import HuggingFaceReader, HuggingFaceWriter
 from tests.cli.support import run, value
@@ -291,6 +292,21 @@ def test_missing_folder_is_named(url):
 def test_missing_index_is_named(url):
     with pytest.raises(CheckpointError, match=r"(?s)cannot be read.*where: +\S+absent.safetensors.index.json"):
         amc.open_checkpoint(f"{url}/absent.safetensors.index.json")
+
+
+def test_index_above_the_limit_is_refused_like_a_local_one(url, folder, monkeypatch):
+    size = (folder / "model.safetensors.index.json").stat().st_size
+    monkeypatch.setattr(remote, "MAX_INDEX_BYTES", size)
+    assert_same(amc.load_state_dict(url, rules=[]), TENSORS)
+    for module in (remote, choosing):
+        monkeypatch.setattr(module, "MAX_INDEX_BYTES", size - 1)
+    with pytest.raises(CheckpointError, match=r"where: +\S+://\S+/model.safetensors.index.json\n") as of_url:
+        amc.open_checkpoint(url)
+    with pytest.raises(CheckpointError) as of_folder:
+        amc.open_checkpoint(folder)
+    texts = [str(error.value).splitlines() for error in (of_url, of_folder)]
+    assert texts[0][0] == texts[1][0] == "an index is too large"
+    assert texts[0][2] == texts[1][2]
 
 
 def test_folder_without_weights_is_described(tmp_path):
