@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 import re
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from automodel_conv.errors import ReadError, UnsupportedError, message
+from automodel_conv.errors import Advice, ReadError, UnsupportedError, message
 from automodel_conv.files import system
 from automodel_conv.files.choosing import ADVICE, INDEX_NAME, INDEX_SUFFIX, MAX_INDEX_BYTES, SINGLE_NAME
 from automodel_conv.files.config import CONFIG_NAME, MODELOPT_NAME
@@ -43,26 +43,27 @@ def is_url(path: str) -> bool:
 
 
 def refuse_url(path: str | os.PathLike[str]) -> None:
-    """Raise UnsupportedError if a path is a URL."""
-    path = os.fsdecode(path)
-    if is_url(path):
-        raise UnsupportedError(
-            message(
-                "a URL, where only a path on this machine is supported",
-                where=_without_secrets(path),
-                do="download the files first; load_state_dict and load_model read URLs, unless memory_map=True",
-            )
-        )
+    """Raise UnsupportedError if the path of a checkpoint that would be read is a URL."""
+    _refuse_url(
+        path, ["download the files first", ("{memory_map=False} reads URLs", "{load_state_dict(...)} reads URLs")]
+    )
 
 
 def local_path(path: str | os.PathLike[str]) -> str:
-    """Return the absolute form of a path on this machine.
+    """Return the absolute form of the path of a directory that would be written.
 
     Raises:
         UnsupportedError: the path is a URL.
     """
-    refuse_url(path)
+    _refuse_url(path, ["write to a local directory, then upload it"])
     return os.path.abspath(os.fsdecode(path))
+
+
+def _refuse_url(path: str | os.PathLike[str], do: Sequence[Advice]) -> None:
+    path = os.fsdecode(path)
+    if is_url(path):
+        text = "a URL, where only a path on this machine is supported"
+        raise UnsupportedError(message(text, where=_without_secrets(path), do=do))
 
 
 class SmallFiles:
