@@ -21,7 +21,7 @@ from torch import nn
 import automodel_conv as amc
 from automodel_conv.cli.demo import TINY
 from automodel_conv.cli.demo_process import write_checkpoint
-from automodel_conv.errors import CheckpointError, ReadError, UnsupportedError, WriteError
+from automodel_conv.errors import CheckpointError, QuantizationError, ReadError, UnsupportedError, WriteError
 from automodel_conv.files import choosing, remote
 from automodel_conv.files.remote import SmallFiles, find_folder
 from automodel_conv.integrations.dcp import HuggingFaceReader, HuggingFaceWriter
@@ -133,6 +133,23 @@ def test_plan_is_that_of_the_local_files(url, folder):
     assert amc.compile_plan(url, rules=[]).to_json() == amc.compile_plan(folder, rules=[]).to_json()
     plan = amc.compile_plan(folder, rules=[])
     assert_same(amc.load_state_dict(url, plan=plan), TENSORS)
+
+
+def test_plan_reads_no_tensor_data_and_a_load_refuses_padded_rows(web, folder):
+    codes = {"a.weight_packed": torch.zeros(2, 2, dtype=torch.int32), "a.weight_scale": torch.ones(2, 1)}
+    save_file(codes | {"a.weight_shape": torch.tensor([2, 13])}, folder / "model.safetensors")
+    (folder / "model.safetensors.index.json").unlink()
+    scheme = {"weights": {"num_bits": 4, "type": "int", "strategy": "channel"}}
+    settings = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"0": scheme}}
+    (folder / "config.json").write_text(json.dumps({"quantization_config": settings}))
+    checkpoint = amc.open_checkpoint(web.url)
+    plan = amc.compile_plan(checkpoint, rules=[])
+    amc.compile_plan(web.url, rules=[])
+    assert checkpoint.is_remote
+    assert max(one.range[1] for one in web.of(".safetensors")) == checkpoint.offsets[0]
+    for options in ({"plan": plan}, {"rules": []}):
+        with pytest.raises(QuantizationError, match="end in padding"):
+            amc.load_state_dict(web.url, **options)
 
 
 @pytest.fixture(scope="module")
