@@ -36,6 +36,8 @@ class Web:
     """Query that every request must have; None if any will do."""
     authorization: str | None = None
     """Authorization header that every request must have; None if any will do."""
+    absent_status: int = 404
+    """Status of the answers for files that do not exist."""
     status: int | None = None
     """Status of all answers instead of the usual ones."""
     missing_bytes: int = 0
@@ -83,7 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
         if web.authorization not in (None, self.headers["Authorization"]):
             status = status or 401
         status = status or (405 if self.command == "HEAD" and not web.takes_head else None)
-        status = status or (404 if not path.is_file() else None)
+        status = status or (web.absent_status if not path.is_file() else None)
         if status is not None:
             return self._answer(status, {}, b"")
         data = path.read_bytes()

@@ -52,7 +52,7 @@ def codes_without_config(codes: str, checkpoint: Checkpoint) -> QuantizationErro
 def _refuse_padding(checkpoint: Checkpoint, suspects: Iterable[tuple[int, str]], table: SourceTable) -> None:
     """Refuse packed codes whose rows end in padding, which is not supported.
 
-    A remote checkpoint is not checked, because its plan is compiled from headers only. A load compiles another plan.
+    A remote checkpoint is not checked, because its plan is compiled from headers only. A load checks it.
 
     Args:
         suspects: ``(row, name of the tensor that holds the weight's true shape)``.

@@ -27,13 +27,13 @@ class OpenFiles:
         jobs: the reads of each job.
 
     Raises:
-        ReadError: only the headers of the checkpoint were read, and its data is in a remote repository.
+        ReadError: the checkpoint was opened for its headers only.
     """
 
     def __init__(self, checkpoint: Checkpoint, jobs: Iterable[Reads]):
         if checkpoint.is_remote:
-            text = "only the headers of this checkpoint were read, its data is not on this machine"
-            do = "load it by its name org/name, which downloads it"
+            text = "this checkpoint was opened for its headers only, and its data is not on this machine"
+            do = "load it by its name org/name, which downloads it, or by its URL"
             raise ReadError(message(text, where=next(iter(checkpoint.files), None), do=do))
         self._sources = checkpoint.sources
         self._jobs_left = Counter(file for reads in jobs for file in reads.files)

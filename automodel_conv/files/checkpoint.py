@@ -73,7 +73,8 @@ class Checkpoint:
         layouts: expert layouts that the files and the index name, without duplicates; see ``compiling/marks.py``.
         unindexed: name and file name of each tensor that is stored in a file to which the index does not assign it,
             sorted by file and then by name. These tensors are not part of the checkpoint. Empty without an index.
-        is_remote: whether the data is on another machine. Such a checkpoint can be planned for, but not read.
+        is_remote: whether only headers can be read: a URL was opened, or some files of a repository are not on this
+            machine. Such a checkpoint can be planned for; loads open it again by its URL or name.
         sources: source of the bytes of each file. Defaults to the files on this machine.
 
     Example:
@@ -151,7 +152,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, revision: str | None = None
     if isinstance(location, str):
         return _open(choose_files(location))
     if isinstance(location, RemoteFolder):
-        return _open_by_range(location)
+        return replace(_open_by_range(location), is_remote=True)
     chosen = choose_in_repository(location, names_in(location))
     return _open_remote(chosen, location) if absent_files(chosen) else _open(chosen)
 

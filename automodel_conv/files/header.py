@@ -80,10 +80,15 @@ def read_limited(fd: int, path: str, limit: int) -> bytearray:
     """
     nbytes = system.size(fd)
     if nbytes > limit:
-        raise checkpoint_error("an index is too large", where=path, expected=f"at most {limit} bytes", found=nbytes)
+        raise too_large(path, limit, nbytes)
     data = bytearray(nbytes)
     read_exactly(fd, [memoryview(data)], 0, path)
     return data
+
+
+def too_large(path: str, limit: int, found: object) -> CheckpointError:
+    """Return the error for an index or a config that is larger than ``limit`` bytes."""
+    return checkpoint_error("an index is too large", where=path, expected=f"at most {limit} bytes", found=found)
 
 
 def _read_header_bytes(path: str, file_bytes: int, file: OpenSource) -> bytearray:

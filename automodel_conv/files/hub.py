@@ -24,6 +24,7 @@ from automodel_conv.files.source import Identity, OpenSource
 
 _SMALL = ("*.safetensors.index.json", CONFIG_NAME, MODELOPT_NAME, CHECKSUMS_NAME)
 """Patterns of the files that are downloaded from any repository. They list and describe the weights."""
+_REQUIREMENT = "huggingface_hub>=1.23"  # as in pyproject.toml
 _SECONDS_WITHOUT_A_BYTE = 60
 _SIZE = re.compile(r"bytes .*/(\d+)")
 _LINE_END = "\n"
@@ -195,9 +196,10 @@ def _hub_errors(what: str, where: str) -> Iterator[None]:
         client = _http_client()
     except ImportError as error:
         raise checkpoint_error(
-            "no such directory, and huggingface_hub is not installed to download it",
+            f"no such directory, and {_REQUIREMENT} is not installed to download it",
             where=where,
-            do="check the path, or: pip install huggingface_hub",
+            found=error,
+            do=f"check the path, or: pip install '{_REQUIREMENT}'",
         ) from error
     try:
         yield
@@ -224,11 +226,18 @@ def _advice(error: Exception) -> str:
 
 
 def _http_client() -> ModuleType:
-    """Return the package that sends the requests of huggingface_hub: httpx2 from version 2.0 on, httpx before."""
+    """Return the package that sends the requests of huggingface_hub: httpx2 from version 2.0 on, httpx before.
+
+    Raises:
+        ImportError: the package is another one, as with versions before 1.0.
+    """
     from huggingface_hub.errors import HfHubHTTPError
 
-    [error] = [base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError"]
-    return import_module(error.__module__.partition(".")[0])
+    packages = {base.__module__.partition(".")[0] for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError"}
+    for package in ("httpx2", "httpx"):
+        if package in packages:
+            return import_module(package)
+    raise ImportError("this version of huggingface_hub sends its requests with neither httpx nor httpx2")
 
 
 def _cached_list(repository: Repository) -> list[str] | None:

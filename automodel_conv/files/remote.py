@@ -10,17 +10,18 @@ from __future__ import annotations
 import os
 import re
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
-from automodel_conv.errors import ReadError, UnsupportedError, message
+from automodel_conv.errors import Advice, ReadError, UnsupportedError, message
 from automodel_conv.files import system
 from automodel_conv.files.choosing import ADVICE, INDEX_NAME, INDEX_SUFFIX, MAX_INDEX_BYTES, SINGLE_NAME
 from automodel_conv.files.config import CONFIG_NAME, MODELOPT_NAME
 from automodel_conv.files.full_io import write_exactly
-from automodel_conv.files.header import checkpoint_error
+from automodel_conv.files.header import checkpoint_error, too_large
 from automodel_conv.files.shards import CHECKSUMS_NAME
 from automodel_conv.files.source import Identity, OpenSource
 from automodel_conv.files.staging import remove_all
@@ -31,6 +32,8 @@ _SECRETS = re.compile(r"(?<=://)[^\s/]*@|\?\S+")
 _EXTRAS = {"http": "http", "https": "http", "s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 """Extra of this package that installs the library for a protocol."""
 _SMALL = (CONFIG_NAME, MODELOPT_NAME, CHECKSUMS_NAME)
+_ABSENT = (401, 403, 404, 410)
+"""Answers of web servers for a file that does not exist. Stores deny it if the caller may not list the names."""
 _NO_RANGES = "the server ignores ranges and sends the whole file; download the files, or serve them with ranges"
 
 
@@ -40,26 +43,27 @@ def is_url(path: str) -> bool:
 
 
 def refuse_url(path: str | os.PathLike[str]) -> None:
-    """Raise UnsupportedError if a path is a URL."""
-    path = os.fsdecode(path)
-    if is_url(path):
-        raise UnsupportedError(
-            message(
-                "a URL, where only a path on this machine is supported",
-                where=_without_secrets(path),
-                do="download the files first; load_state_dict and load_model read URLs, unless memory_map=True",
-            )
-        )
+    """Raise UnsupportedError if the path of a checkpoint that would be read is a URL."""
+    _refuse_url(
+        path, ["download the files first", ("{memory_map=False} reads URLs", "{load_state_dict(...)} reads URLs")]
+    )
 
 
 def local_path(path: str | os.PathLike[str]) -> str:
-    """Return the absolute form of a path on this machine.
+    """Return the absolute form of the path of a directory that would be written.
 
     Raises:
         UnsupportedError: the path is a URL.
     """
-    refuse_url(path)
+    _refuse_url(path, ["write to a local directory, then upload it"])
     return os.path.abspath(os.fsdecode(path))
+
+
+def _refuse_url(path: str | os.PathLike[str], do: Sequence[Advice]) -> None:
+    path = os.fsdecode(path)
+    if is_url(path):
+        text = "a URL, where only a path on this machine is supported"
+        raise UnsupportedError(message(text, where=_without_secrets(path), do=do))
 
 
 class SmallFiles:
@@ -68,16 +72,18 @@ class SmallFiles:
     def __init__(self, files: dict[str, bytes]):
         with write_errors("the temporary directory"):
             self.folder = system.make_temporary_directory("automodel_conv-")
-            weakref.finalize(self, _remove, self.folder)
+            weakref.finalize(self, _remove, self.folder, os.getpid())
             for name, data in files.items():
                 path = os.path.join(self.folder, name)
                 with system.create(path) as file:
                     write_exactly(file.fileno(), [memoryview(data)], 0, path)
 
 
-def _remove(folder: str) -> None:
-    with suppress(OSError):
-        remove_all(folder)
+def _remove(folder: str, pid: int) -> None:
+    """Remove a folder in the process that made it; a forked process inherits the finalizer but not the folder."""
+    if os.getpid() == pid:
+        with suppress(OSError):
+            remove_all(folder)
 
 
 class RemoteFolder(NamedTuple):
@@ -86,7 +92,7 @@ class RemoteFolder(NamedTuple):
     system: Any
     """fsspec's file system."""
     path: str
-    """Path of the folder as the file system has it."""
+    """Path of the folder as the file system has it, without a slash at its end; empty for the root."""
     url: str
     """URL of the folder without credentials and query."""
     name: str
@@ -96,7 +102,10 @@ class RemoteFolder(NamedTuple):
 
     @property
     def lists_names(self) -> bool:
-        """Whether the names in the folder can be listed, for which web servers have no common way."""
+        """Whether the file system lists the names in a folder.
+
+        Web servers have no common way to do so.
+        """
         return not self.url.startswith(("http://", "https://"))
 
     def path_of(self, name: str) -> str:
@@ -117,21 +126,22 @@ def find_folder(url: str) -> RemoteFolder:
     protocol = url.partition("://")[0].lower()
     is_web = protocol in ("http", "https")
     location, mark, query = url.partition("?") if is_web else (url, "", "")
-    location = location.rstrip("/")
-    is_file = location.endswith((".safetensors", ".json", *ADVICE)) and location.count("/") > 2
-    location, name = os.path.split(location) if is_file else (location, "")
-    shown = _without_secrets(location)
+    scheme, _, location = location.partition("://")
+    location, name = location.rstrip("/"), ""
+    if "/" in location and location.endswith((".safetensors", ".json", *ADVICE)):
+        location, _, name = location.rpartition("/")
+        location = location.rstrip("/")
+    shown = _without_secrets(f"{scheme}://{location}")
     try:
         from fsspec.config import conf
         from fsspec.core import url_to_fs
 
         options: dict[str, Any] = {"use_listings_cache": False}  # another process may add files at any time
         if is_web:
-            given = [
-                conf.get(name, {}).get("client_kwargs", {}) for name in ("http", "https")
-            ]  # fsspec merges them too
+            # fsspec merges the settings of both schemes.
+            given = [conf.get(scheme, {}).get("client_kwargs", {}) for scheme in ("http", "https")]
             options["client_kwargs"] = {**given[0], **given[1], "raise_for_status": _refuse_whole_file}
-        file_system, path = url_to_fs(location, **options)
+        file_system, path = url_to_fs(f"{scheme}://{location or '/'}", **options)
     except ImportError as error:
         extra = _EXTRAS.get(protocol)
         raise checkpoint_error(
@@ -158,21 +168,39 @@ def fetch_small_files(folder: RemoteFolder) -> tuple[list[str], SmallFiles]:
         names = [folder.name]
     elif folder.lists_names:
         with _errors(folder.url):
-            names = [os.path.basename(path) for path in folder.system.ls(folder.path, detail=False)]
+            names = [os.path.basename(path) for path in folder.system.ls(folder.path or "/", detail=False)]
     else:
         names = [*([] if folder.name else [INDEX_NAME]), *_SMALL]
     named = [folder.name] if folder.name.endswith(".json") else []
     wanted = list(dict.fromkeys([*named, *(n for n in names if n in _SMALL or n.endswith(INDEX_SUFFIX))]))
+    paths = list(map(folder.path_of, wanted))
     with _errors(folder.url):
-        results = folder.system.cat_ranges(list(map(folder.path_of, wanted)), 0, MAX_INDEX_BYTES, on_error="return")
+        results = folder.system.cat_ranges(paths, 0, MAX_INDEX_BYTES + 1, on_error="return")
     files: dict[str, bytes] = {}
+    denied: dict[str, Exception] = {}
     for name, result in zip(wanted, results, strict=True):
         if isinstance(result, bytes):
+            if len(result) > MAX_INDEX_BYTES:
+                raise too_large(f"{folder.url}/{name}", MAX_INDEX_BYTES, f"more than {MAX_INDEX_BYTES}")
             files[name] = result
+        elif name != folder.name and not folder.lists_names and getattr(result, "status", None) in _ABSENT:
+            denied[name] = result
         elif not isinstance(result, FileNotFoundError) or name == folder.name:
             with _errors(f"{folder.url}/{name}"):
                 raise result
+    if denied and not files and not folder.name:
+        _refuse_denied(folder, denied)
     return names if folder.lists_names else [*files, SINGLE_NAME], SmallFiles(files)
+
+
+def _refuse_denied(folder: RemoteFolder, denied: dict[str, Exception]) -> None:
+    """Raise the first error of files that may be absent, unless the single file that needs none of them exists."""
+    name, error = next(iter(denied.items()))
+    with _errors(f"{folder.url}/{name}"):
+        try:
+            folder.system.info(folder.path_of(SINGLE_NAME))
+        except Exception:  # each library has errors of its own
+            raise error from None
 
 
 @dataclass(frozen=True)
@@ -192,15 +220,19 @@ class RemoteFile:
         return repr(self._info())  # the size, and an ETag or a time, under names that depend on the library
 
     def open(self) -> OpenSource:
-        """Request the size of the file.
+        """Request the size of the file, the first time.
 
         Raises:
             OSError: the file does not exist or cannot be read.
         """
+        return _OpenRemoteFile(self, self._nbytes)
+
+    @cached_property
+    def _nbytes(self) -> int:
         size = self._info().get("size")
         if size is None:
             raise OSError("the server does not state the size of the file; download the files first")
-        return _OpenRemoteFile(self, size)
+        return size
 
     def _info(self) -> dict[str, Any]:
         try:

@@ -108,5 +108,5 @@ def test_file_that_is_gone_is_named_with_its_tensor(checkpoint):
 
 
 def test_checkpoint_of_only_headers_cannot_be_read(checkpoint):
-    with pytest.raises(ReadError, match=r"(?s)only the headers.*org/name"):
+    with pytest.raises(ReadError, match=r"(?s)its headers only.*org/name"):
         OpenFiles(dataclasses.replace(checkpoint, is_remote=True), [])

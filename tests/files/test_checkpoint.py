@@ -230,7 +230,7 @@ def test_checkpoint_built_from_columns_reads_local_files(tmp_path):
 
 def test_repository_without_huggingface_hub_is_an_error_with_advice(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    refused("org/name", "org/name", "pip install huggingface_hub")
+    refused("org/name", "org/name", "pip install 'huggingface_hub>=1.23'")
 
 
 @pytest.mark.parametrize(

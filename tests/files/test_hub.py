@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 import automodel_conv as amc
 from automodel_conv.errors import CheckpointError, DestinationError, NameProblems, ReadError, UnsupportedError
 from automodel_conv.execution.host import load_to_host
+from automodel_conv.files.hub import _REQUIREMENT
 from automodel_conv.files.shards import Spec, divide, index_of
 from tests.comparing import assert_same
 from tests.loopback_hub import Hub, Request, environment, serve, use
@@ -364,6 +365,28 @@ def test_unreachable_server_is_an_error(repository, tmp_path, monkeypatch):
         use(hub, tmp_path / "cache", monkeypatch)
     with pytest.raises(CheckpointError, match=rf"(?s){NAME}.*check the path, the network"):
         amc.open_checkpoint(NAME)
+
+
+def old_error_class() -> type:
+    """Return a class with the bases that HfHubHTTPError has in versions that use requests."""
+    base = type("HTTPError", (OSError,), {"__module__": "requests.exceptions"})
+    return type("HfHubHTTPError", (base,), {})
+
+
+@pytest.mark.parametrize("error", [old_error_class(), type("HfHubHTTPError", (OSError,), {})], ids=["requests", "none"])
+def test_old_huggingface_hub_is_an_error_that_names_the_version(hub, monkeypatch, error):
+    monkeypatch.setattr("huggingface_hub.errors.HfHubHTTPError", error)
+    texts = (
+        r"(?s)huggingface_hub>=1\.23 is not installed.*neither httpx nor httpx2.*pip install 'huggingface_hub>=1\.23'"
+    )
+    with pytest.raises(CheckpointError, match=texts):
+        amc.open_checkpoint(NAME)
+    assert not hub.requests
+
+
+def test_version_of_huggingface_hub_in_errors_is_that_of_the_extra():
+    project = Path(__file__).parents[2] / "pyproject.toml"
+    assert f'hub = ["{_REQUIREMENT}"]' in project.read_text()
 
 
 def test_a_converted_repository_has_the_tokenizer_and_the_model_of_the_source(tmp_path, monkeypatch):

@@ -21,8 +21,9 @@ from torch import nn
 import automodel_conv as amc
 from automodel_conv.cli.demo import TINY
 from automodel_conv.cli.demo_process import write_checkpoint
-from automodel_conv.errors import CheckpointError, ReadError, UnsupportedError, WriteError
-from automodel_conv.files.remote import find_folder
+from automodel_conv.errors import CheckpointError, QuantizationError, ReadError, UnsupportedError, WriteError
+from automodel_conv.files import choosing, remote
+from automodel_conv.files.remote import SmallFiles, find_folder
 from automodel_conv.integrations.dcp import HuggingFaceReader, HuggingFaceWriter
 from tests.cli.support import run, value
 from tests.comparing import assert_same
@@ -134,6 +135,23 @@ def test_plan_is_that_of_the_local_files(url, folder):
     assert_same(amc.load_state_dict(url, plan=plan), TENSORS)
 
 
+def test_plan_reads_no_tensor_data_and_a_load_refuses_padded_rows(web, folder):
+    codes = {"a.weight_packed": torch.zeros(2, 2, dtype=torch.int32), "a.weight_scale": torch.ones(2, 1)}
+    save_file(codes | {"a.weight_shape": torch.tensor([2, 13])}, folder / "model.safetensors")
+    (folder / "model.safetensors.index.json").unlink()
+    scheme = {"weights": {"num_bits": 4, "type": "int", "strategy": "channel"}}
+    settings = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"0": scheme}}
+    (folder / "config.json").write_text(json.dumps({"quantization_config": settings}))
+    checkpoint = amc.open_checkpoint(web.url)
+    plan = amc.compile_plan(checkpoint, rules=[])
+    amc.compile_plan(web.url, rules=[])
+    assert checkpoint.is_remote
+    assert max(one.range[1] for one in web.of(".safetensors")) == checkpoint.offsets[0]
+    for options in ({"plan": plan}, {"rules": []}):
+        with pytest.raises(QuantizationError, match="end in padding"):
+            amc.load_state_dict(web.url, **options)
+
+
 @pytest.fixture(scope="module")
 def moe(tmp_path_factory):
     """Write a small model with experts."""
@@ -182,6 +200,14 @@ def test_opening_costs_two_ranges_a_file_and_no_tensor_data(web, folder):
     assert web.sent < sum(path.stat().st_size for path in folder.iterdir()) / 10
 
 
+def test_load_requests_the_size_of_each_file_once(web):
+    amc.load_state_dict(web.url, rules=[], threads=4)
+    assert sorted(one.name for one in web.of(".safetensors", "HEAD")) == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ]
+
+
 def test_presigned_url_is_one_file(web):
     web.query = "X-Amz-Signature=hidden&X-Amz-Credential=also"
     checkpoint = amc.open_checkpoint(f"{web.url}/model-00001-of-00002.safetensors?{web.query}")
@@ -212,6 +238,27 @@ def test_server_without_head_is_read(web):
     assert_same(amc.load_state_dict(web.url, rules=[]), TENSORS)
 
 
+@pytest.mark.parametrize("status", [401, 403, 404, 410])
+def test_small_files_that_a_server_denies_are_absent(web, folder, status):
+    web.absent_status = status
+    assert_same(amc.load_state_dict(web.url, rules=[]), TENSORS)
+    (folder / "config.json").unlink()
+    assert amc.open_checkpoint(f"{web.url}/model-00001-of-00002.safetensors").names == ["a", "b"]
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(CheckpointError, match=rf"(?s)where: +\S+/model.*safetensors.*{status}"):
+        amc.open_checkpoint(web.url)
+    with pytest.raises(CheckpointError, match=rf"(?s)where: +\S+/absent.*json\n.*{status if status != 404 else ''}"):
+        amc.open_checkpoint(f"{web.url}/absent.safetensors.index.json")
+    (folder / "model-00002-of-00002.safetensors").rename(folder / "model.safetensors")
+    assert amc.open_checkpoint(web.url).names == ["c", "d"]
+
+
+def test_first_denied_file_is_named_if_nothing_can_be_read(web):
+    web.status = 403
+    with pytest.raises(CheckpointError, match=r"(?s)where: +\S+/model.safetensors.index.json\n.*403.*access rights"):
+        amc.open_checkpoint(web.url)
+
+
 def test_server_without_ranges_is_refused_before_it_sends_a_file(web, folder):
     web.takes_ranges = False
     with (folder / "model-00001-of-00002.safetensors").open("r+b") as file:
@@ -236,6 +283,24 @@ def test_missing_file_is_named(url, folder, request):
         amc.open_checkpoint(url)
 
 
+@pytest.mark.parametrize("url", ["memory://", "memory:///", "memory:///model.safetensors.index.json"])
+def test_files_at_the_root_of_a_file_system_are_read(url, folder):
+    store = fsspec.filesystem("memory")
+    store.put([str(path) for path in folder.iterdir()], [f"/{path.name}" for path in folder.iterdir()])
+    try:
+        assert_same(amc.load_state_dict(url, rules=[]), TENSORS)
+        assert amc.open_checkpoint(url).files[0] == "memory:///model-00001-of-00002.safetensors"
+    finally:
+        for path in folder.iterdir():
+            store.rm(f"/{path.name}")
+
+
+def test_root_of_this_machine_is_not_the_current_directory(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    with pytest.raises(CheckpointError, match=r"where: +file://\n"):
+        amc.open_checkpoint("file:///")
+
+
 def test_missing_folder_is_named(url):
     with pytest.raises(CheckpointError, match=r"(?s)where: +\S+absent"):
         amc.open_checkpoint(f"{url}/absent")
@@ -244,6 +309,21 @@ def test_missing_folder_is_named(url):
 def test_missing_index_is_named(url):
     with pytest.raises(CheckpointError, match=r"(?s)cannot be read.*where: +\S+absent.safetensors.index.json"):
         amc.open_checkpoint(f"{url}/absent.safetensors.index.json")
+
+
+def test_index_above_the_limit_is_refused_like_a_local_one(url, folder, monkeypatch):
+    size = (folder / "model.safetensors.index.json").stat().st_size
+    monkeypatch.setattr(remote, "MAX_INDEX_BYTES", size)
+    assert_same(amc.load_state_dict(url, rules=[]), TENSORS)
+    for module in (remote, choosing):
+        monkeypatch.setattr(module, "MAX_INDEX_BYTES", size - 1)
+    with pytest.raises(CheckpointError, match=r"where: +\S+://\S+/model.safetensors.index.json\n") as of_url:
+        amc.open_checkpoint(url)
+    with pytest.raises(CheckpointError) as of_folder:
+        amc.open_checkpoint(folder)
+    texts = [str(error.value).splitlines() for error in (of_url, of_folder)]
+    assert texts[0][0] == texts[1][0] == "an index is too large"
+    assert texts[0][2] == texts[1][2]
 
 
 def test_folder_without_weights_is_described(tmp_path):
@@ -272,7 +352,9 @@ def test_file_that_vanishes_after_opening_is_an_error(web, folder):
     checkpoint = amc.open_checkpoint(web.url)
     (folder / "model-00001-of-00002.safetensors").unlink()
     with pytest.raises(OSError, match="404"):
-        checkpoint.sources[0].open()
+        checkpoint.sources[0].identity()
+    with pytest.raises(ReadError, match="FileNotFoundError"):
+        checkpoint.sources[0].open().read_into([memoryview(bytearray(8))], 0)
     assert checkpoint.sources[1].identity() == checkpoint.sources[1].identity()
 
 
@@ -319,45 +401,53 @@ def test_missing_library_names_the_extra(hidden, url, advice):
     assert f"do:       {advice}" in result.stderr
 
 
+LOADS = "download the files first; load_state_dict(...) reads URLs"
+WRITE = "write to a local directory, then upload it"
 REFUSE = {
-    "convert_checkpoint from": lambda url, path: amc.convert_checkpoint(url, path / "new"),
-    "convert_checkpoint to": lambda url, path: amc.convert_checkpoint(path, url),
-    "verify_checkpoint": lambda url, path: amc.verify_checkpoint(url, path),
-    "verify_checkpoint of": lambda url, path: amc.verify_checkpoint(path, url),
-    "save_checkpoint": lambda url, path: amc.save_checkpoint({"a": torch.ones(2)}, url, rules=[]),
-    "save_checkpoint with": lambda url, path: amc.save_checkpoint({}, path / "new", rules=[], carry=url),
-    "memory_map": lambda url, path: amc.load_state_dict(url, memory_map=True),
-    "HuggingFaceWriter": lambda url, path: HuggingFaceWriter(url, rules=[]),
-    "HuggingFaceReader": lambda url, path: HuggingFaceReader(url, rules=[]).read_metadata(),
+    "convert_checkpoint from": (lambda url, path: amc.convert_checkpoint(url, path / "new"), LOADS),
+    "convert_checkpoint to": (lambda url, path: amc.convert_checkpoint(path, url), WRITE),
+    "verify_checkpoint": (lambda url, path: amc.verify_checkpoint(url, path), LOADS),
+    "verify_checkpoint of": (lambda url, path: amc.verify_checkpoint(path, url), LOADS),
+    "save_checkpoint": (lambda url, path: amc.save_checkpoint({"a": torch.ones(2)}, url, rules=[]), WRITE),
+    "save_checkpoint with": (lambda url, path: amc.save_checkpoint({}, path / "new", rules=[], carry=url), LOADS),
+    "memory_map": (
+        lambda url, path: amc.load_state_dict(url, memory_map=True),
+        "download the files first; memory_map=False reads URLs",
+    ),
+    "HuggingFaceWriter": (lambda url, path: HuggingFaceWriter(url, rules=[]), WRITE),
+    "HuggingFaceReader": (lambda url, path: HuggingFaceReader(url, rules=[]).read_metadata(), LOADS),
 }
 
 
-@pytest.mark.parametrize("call", REFUSE.values(), ids=REFUSE)
-def test_functions_for_local_paths_refuse_urls(call, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("call", "advice"), REFUSE.values(), ids=REFUSE)
+def test_functions_for_local_paths_refuse_urls(call, advice, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = write_sharded(tmp_path / "source")
-    with pytest.raises(UnsupportedError, match=r"(?s)a URL, where only.*s3://bucket/folder\n.*do: +download") as error:
+    with pytest.raises(UnsupportedError, match=r"(?s)a URL, where only.*s3://bucket/folder\n.*do: ") as error:
         call("s3://user:hidden@bucket/folder", source)
+    assert error.value.args[0].endswith(f"\n  do:       {advice}")
     assert "hidden" not in str(error.value)
     assert os.listdir(tmp_path) == ["source"]  # no folder named "s3:"
 
 
 @pytest.mark.parametrize(
-    "command",
+    ("command", "advice"),
     [
-        "convert URL new",
-        "convert URL new --dry-run",
-        "convert source URL --dry-run --no-model",
-        "verify URL",
-        "bench URL",
+        ("convert URL new", "automodel-conv load reads URLs"),
+        ("convert URL new --dry-run", "automodel-conv load reads URLs"),
+        ("convert source URL --no-model", WRITE),
+        ("convert source URL --dry-run --no-model", WRITE),
+        ("verify URL", "automodel-conv load reads URLs"),
+        ("bench URL", "automodel-conv load reads URLs"),
     ],
 )
-def test_commands_for_local_paths_refuse_urls(command, tmp_path, monkeypatch):
+def test_commands_for_local_paths_refuse_urls(command, advice, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_sharded(tmp_path / "source")
     result = run(*command.replace("URL", "s3://bucket/folder").split())
     assert result.exit_code == 1
     assert "a URL, where only a path on this machine is supported" in result.stderr
+    assert f"{advice}\n" in result.stderr
     assert os.listdir(tmp_path) == ["source"]
 
 
@@ -369,6 +459,20 @@ def test_small_files_are_removed_with_the_checkpoint(url, temporary):
     assert len(os.listdir(temporary)) == 1
     del sources
     gc.collect()
+    assert not os.listdir(temporary)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # the child calls nothing that takes a lock
+def test_forked_process_leaves_the_small_files_of_its_parent(temporary):
+    small = SmallFiles({"config.json": b"{}"})
+    child = os.fork()
+    if not child:
+        del small
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert Path(small.folder, "config.json").read_text() == "{}"
+    del small
     assert not os.listdir(temporary)
 
 
@@ -424,6 +528,10 @@ def test_files_that_another_process_adds_are_seen(folder):
         ("https://h/a/model.safetensors?q=a/b", "https://h/a", "model.safetensors", "https://h/a"),
         ("memory://b/x.json", "/b", "x.json", "memory://b"),
         ("memory://x.json", "/x.json", "", "memory://x.json"),
+        ("memory://", "", "", "memory://"),
+        ("memory:///x.json", "", "x.json", "memory://"),
+        ("file:///", "", "", "file://"),
+        ("file:///x.json", "", "x.json", "file://"),
     ],
 )
 def test_url_is_taken_apart(url, path, name, shown):
