@@ -92,7 +92,9 @@ def load_rows(report: LoadReport) -> list[Row]:
     """Return the rows of the report of a load, those of devices and of rare problems only if they are not empty."""
     rows = cost_rows("read", report.bytes_read, report.gb_per_s)
     rows += [Row("mapped", decimal(report.bytes_mapped))] if report.bytes_mapped else []
-    rows += [Row(f"seconds: {phase}", f"{seconds:.3f}") for phase, seconds in report.seconds.items()]
+    rows.append(Row("seconds", f"{sum(report.seconds.values()):.3f}"))
+    labels = {"plan": "plan, with imports"}
+    rows += [Row(f"seconds: {labels.get(phase, phase)}", f"{s:.3f}") for phase, s in report.seconds.items()]
     rows += [memory_row(report.peak_extra_bytes), Row("threads, at most", str(report.threads))]
     rows += [] if report.pages is None else [Row("new memory", str(report.pages))]
     rows.append(count_row("computed by transformers' own code", report.fallbacks))
