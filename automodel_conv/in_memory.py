@@ -75,8 +75,8 @@ def convert_state_dict(
             names. One of ``model``, ``rules``, ``layout`` and ``source_layout`` is needed.
         layout: layout of the routed experts in the result: "transformers", "nemo", "gpt_oss" or "vllm". None: the
             layout of the model's own parameters.
-        source_layout: layout of grouped experts in ``state_dict``: a layout, or "per_expert". It is never guessed from
-            shapes. None: the model's layout, which the shapes must confirm.
+        source_layout: layout of grouped experts in ``state_dict``: a layout, or "per_expert". None: the model's layout,
+            or without a model that of transformers; the shapes must fit it.
         out: tensors to write, by target name. Each target needs one, of its shape and dtype. The result of an earlier
             call fits; tensors in it that are tensors of ``state_dict`` stay as they are. None: allocate them.
         backend: "triton": kernels, and torch on the same device for copies that no kernel fits. "torch": torch only.
