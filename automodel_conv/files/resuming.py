@@ -103,7 +103,7 @@ def _difference_lines(was: Mapping[str, Any], now: Mapping[str, Any] | None) -> 
     now_options = now.get(OPTIONS_KEY)
     names = _keys_that_differ(options, now_options)
     lines = []
-    if names:
+    if names and options is not None and now_options is not None:
         lines.append(f"begun with: {_options_text({name: options.get(name) for name in names})}")
         lines.append(f"this call:  {_options_text({name: now_options.get(name) for name in names})}")
     elif not isinstance(options, dict):

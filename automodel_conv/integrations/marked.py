@@ -29,7 +29,7 @@ def refuse_other_layouts(model: Any, state_dict: Mapping[str, Any]) -> None:
     own = own_layout(expert_layouts(model).values()) or "transformers"
     for name, tensor in slices.items():
         layout = tensor.layout
-        if layout in LAYOUTS and layout != own and holds_experts(name, LAYOUTS[layout]):
+        if layout is not None and layout in LAYOUTS and layout != own and holds_experts(name, LAYOUTS[layout]):
             raise UnsupportedError(
                 message(
                     f"from_pretrained cannot load experts in the layout {layout!r}",
