@@ -32,7 +32,7 @@ def count_row(label: str, names: Iterable[object]) -> Row:
 
 def cost_rows(action: str, nbytes: int, gb_per_s: float) -> list[Row]:
     """Return the rows of the bytes that were read or written, and of the speed."""
-    return [Row(action, decimal(nbytes)), Row("speed", f"{decimal(round(gb_per_s * 1e9))}/s")]
+    return [Row(action, decimal(nbytes)), Row("speed", f"{gb_per_s:.2f} GB/s")]
 
 
 def memory_row(nbytes: int) -> Row:

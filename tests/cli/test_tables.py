@@ -58,7 +58,7 @@ def test_a_conversion_counts_files_bytes_and_names(verified):
         ["3"],
         ["1"],
         ["3.0 GB"],
-        ["1.5 GB/s"],
+        ["1.50 GB/s"],
         ["2.000"],
         ["3.1 MB"],
         ["1"],
@@ -88,7 +88,7 @@ def report(**changes):
 def test_a_load_has_a_row_for_each_phase_and_each_kind_of_problem():
     found = rows(report_table(report(), 7))
     assert found["tensors"] == ["7"]
-    assert found["speed"] == ["500.0 MB/s"]
+    assert found["speed"] == ["0.50 GB/s"]
     phases = [found[f"seconds: {phase}"] for phase in ("open", "plan, with imports", "read")]
     assert [*phases, found["seconds"]] == [["0.500"], ["0.250"], ["2.000"], ["2.750"]]
     assert [found[name] for name in ("missing", "unexpected", "wrong shape", "left out")] == [

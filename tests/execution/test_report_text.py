@@ -25,4 +25,4 @@ def test_names_cannot_move_the_cursor_of_a_terminal():
 
 def test_bytes_speed_and_memory_have_their_units():
     rows = [*cost_rows("written", 1_500_000_000, 2.345), memory_row(3 << 19)]
-    assert [row.value for row in rows] == ["1.5 GB", "2.3 GB/s", "1.6 MB"]
+    assert [row.value for row in rows] == ["1.5 GB", "2.35 GB/s", "1.6 MB"]
