@@ -360,3 +360,10 @@ def listing(items: Iterable[object], limit: int = 20) -> str:
 def kind_of(thing: object) -> str:
     """Return a phrase for the kind of an argument: "the class Linear" or "a dict"."""
     return f"the class {thing.__name__}" if isinstance(thing, type) else f"a {type(thing).__name__}"
+
+
+def size_text(nbytes: int) -> str:
+    """Return a size in the unit that fits, such as "5.3 MB" for 5,300,000 bytes."""
+    from rich.filesize import decimal  # a load that prints nothing also runs where rich is missing
+
+    return decimal(nbytes)

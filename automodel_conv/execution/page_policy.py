@@ -13,7 +13,7 @@ import statistics
 from collections import deque
 from typing import NamedTuple
 
-from rich.filesize import decimal
+from automodel_conv.errors import size_text
 
 # Each size is measured this many times before one is preferred. The lower of the two measurements counts, so one may be
 # disturbed.
@@ -58,7 +58,7 @@ class PageUse(NamedTuple):
             for size, size_bytes, speed in sorted(sizes, key=lambda size: -size[1])
             if size_bytes
         ]
-        return f"{', '.join(parts)} of {decimal(nbytes)}"
+        return f"{', '.join(parts)} of {size_text(nbytes)}"
 
 
 class PagePolicy:

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from rich.filesize import decimal
 from torch import Tensor
 
+from automodel_conv.errors import size_text
 from automodel_conv.execution.page_policy import PageUse
 from automodel_conv.execution.report_text import Row, cost_rows, count_row, memory_row, text_of
 from automodel_conv.execution.stats import LoadStats
@@ -91,7 +91,7 @@ class LoadReport:
 def load_rows(report: LoadReport) -> list[Row]:
     """Return the rows of the report of a load, those of devices and of rare problems only if they are not empty."""
     rows = cost_rows("read", report.bytes_read, report.gb_per_s)
-    rows += [Row("mapped", decimal(report.bytes_mapped))] if report.bytes_mapped else []
+    rows += [Row("mapped", size_text(report.bytes_mapped))] if report.bytes_mapped else []
     rows.append(Row("seconds", f"{sum(report.seconds.values()):.3f}"))
     labels = {"plan": "plan, with imports"}
     rows += [Row(f"seconds: {labels.get(phase, phase)}", f"{s:.3f}") for phase, s in report.seconds.items()]

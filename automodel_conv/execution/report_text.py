@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from rich.filesize import decimal
-
-from automodel_conv.errors import listing, printable
+from automodel_conv.errors import listing, printable, size_text
 
 NAMES_SHOWN = 3
 """Number of names that a report prints of each kind."""
@@ -32,12 +30,12 @@ def count_row(label: str, names: Iterable[object]) -> Row:
 
 def cost_rows(action: str, nbytes: int, gb_per_s: float) -> list[Row]:
     """Return the rows of the bytes that were read or written, and of the speed."""
-    return [Row(action, decimal(nbytes)), Row("speed", f"{gb_per_s:.2f} GB/s")]
+    return [Row(action, size_text(nbytes)), Row("speed", f"{gb_per_s:.2f} GB/s")]
 
 
 def memory_row(nbytes: int) -> Row:
     """Return the row of the memory used in addition to the tensors."""
-    return Row("peak extra memory, at most", decimal(nbytes))
+    return Row("peak extra memory, at most", size_text(nbytes))
 
 
 def text_of(rows: Iterable[Row]) -> str:

@@ -7,9 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from rich.filesize import decimal
-
-from automodel_conv.errors import listing, printable
+from automodel_conv.errors import listing, printable, size_text
 from automodel_conv.execution.filling import Limits, fill
 from automodel_conv.execution.mapping import map_targets, mapped_or_new, without_targets
 from automodel_conv.execution.report_text import NAMES_SHOWN
@@ -58,7 +56,7 @@ class HookedLoad(NamedTuple):
         if ALL not in self.left:
             left = f"{len(self.left)} by transformers; all other tensors need no conversion"
         lines = [f"{self.model}: {len(self.lowered)} converted by plan, {left}"]
-        lines += [f"  mapped: {decimal(self.bytes_mapped)}"] if self.bytes_mapped else []
+        lines += [f"  mapped: {size_text(self.bytes_mapped)}"] if self.bytes_mapped else []
         for label, names in kinds:
             if names == [ALL]:
                 lines.append(f"  {label}")

@@ -15,10 +15,8 @@ from heapq import nlargest
 from itertools import takewhile
 from operator import eq
 
-from rich.filesize import decimal
-
 from automodel_conv.dtypes import DECODED
-from automodel_conv.errors import UnknownTarget, UnsupportedError, listing, message
+from automodel_conv.errors import UnknownTarget, UnsupportedError, listing, message, size_text
 from automodel_conv.planning.composition import chained, inverted, table_of
 from automodel_conv.planning.copies import SourceTable, Target
 from automodel_conv.planning.plan_json import fields_of, text_of
@@ -218,11 +216,11 @@ class CopyPlan:
         width = max([14, *(len(way) for _, way in rows)])
         lines = [f"{'targets':>8} {'sources':>8} {'size':>9}  {'execution':<{width}} rule"]
         for (rule, way), (targets, sources, size) in sorted(rows.items(), key=lambda item: -item[1][2]):
-            row = f"{targets:>8} {sources:>8} {decimal(size):>9}  {way:<{width}} "
+            row = f"{targets:>8} {sources:>8} {size_text(size):>9}  {way:<{width}} "
             lines += _with_rule(row, self._rule_text(rule))
         lines.append(
-            f"{len(self.targets):>8} {len(self.used_sources):>8} {decimal(self.bytes_written):>9}  "
-            f"reads {decimal(self.bytes_read)}, {len(self.fallbacks)} targets by transformers' own code"
+            f"{len(self.targets):>8} {len(self.used_sources):>8} {size_text(self.bytes_written):>9}  "
+            f"reads {size_text(self.bytes_read)}, {len(self.fallbacks)} targets by transformers' own code"
             + (f", {len(self.unused_sources)} sources left out" if self.unused_sources else "")
         )
         return "\n".join(lines)
