@@ -265,7 +265,7 @@ def test_similar_names_next_to_a_missing_path_are_listed(monkeypatch, parent, tm
     assert "similar" not in refused("missing/qwen3-nemo.safetensors", "no such checkpoint")
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "step-100").mkdir()
-    refused("runs/step-10", "huggingface_hub is not installed", "similar:\n    runs/step-100\n")
+    refused("runs/step-10", "is not installed to download it", "similar:\n    runs/step-100\n")
 
 
 def test_a_home_directory_that_is_not_expanded_is_explained(tmp_path, monkeypatch):

@@ -35,7 +35,11 @@ def test_loaded_state_dict_equals_that_of_the_cpu(layout, dtype, checkpoint, per
     with on_host():
         of_cpu = amc.load_state_dict(checkpoint, model(), layout=layout, dtype=dtype)
     assert_same(of_cpu, wanted, torch.device("cpu"))
-    assert loaded.report.bytes_read == sum(tensor.nbytes for tensor in per_expert.values())
+    needed = sum(tensor.nbytes for tensor in per_expert.values())
+    if layout in ("nemo", "gpt_oss"):  # windows are read with the gaps between their tensors
+        assert needed <= loaded.report.bytes_read < 2 * needed
+    else:
+        assert loaded.report.bytes_read == needed
     if PLACE is not Place.INTERPRETER and (layout in ("nemo", "gpt_oss") or dtype):
         assert loaded.report.copied_by_kernels > 0
 
