@@ -16,6 +16,9 @@ SOURCES = (
     "setup.py",
     "README.md",
     "LICENSE",
+    "MANIFEST.in",
+    "CHANGELOG.md",
+    "CITATION.cff",
 )
 
 

@@ -37,7 +37,7 @@ def commit(tree):
 
 
 def make(tree, target):
-    return subprocess.run(["make", target], cwd=tree, capture_output=True, text=True)
+    return subprocess.run(["make", "--no-print-directory", target], cwd=tree, capture_output=True, text=True)
 
 
 def test_a_file_that_is_not_committed_is_named(tree):
