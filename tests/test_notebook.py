@@ -10,7 +10,7 @@ NOTEBOOK = Path(__file__).parent.parent / "examples" / "quickstart.ipynb"
 # What the outputs must contain, in this order.
 SHOWN = (
     "model.layers.0.mlp.experts.1.gate_proj.weight",
-    "reads 0.0",
+    "reads 5.0 MB",
     "all 25 tensors equal those of from_pretrained",
     "are the conversion of the published checkpoint, bit for bit",
     "are the published tensors again, bit for bit",
