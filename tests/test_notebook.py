@@ -7,7 +7,7 @@ import pytest
 
 NOTEBOOK = Path(__file__).parent.parent / "examples" / "quickstart.ipynb"
 
-# What the outputs must contain, in this order.
+# Texts that the outputs contain, in this order.
 SHOWN = (
     "model.layers.0.mlp.experts.1.gate_proj.weight",
     "reads 5.0 MB",

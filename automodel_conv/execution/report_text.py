@@ -15,7 +15,7 @@ class Row(NamedTuple):
     """A row of a report."""
 
     label: str
-    """What the row states."""
+    """Name of the fact."""
     value: str
     """The fact as text, with its unit."""
     names: tuple[str, ...] = ()
