@@ -151,18 +151,21 @@ def test_system_that_cannot_populate_pages_gets_huge_page_advice(monkeypatch, ad
     assert memory.use().huge_gb_per_s is None
 
 
-def test_tensors_of_a_size_need_one_mapping_not_one_each():
-    """Check tensors that torch places one after another, each with a page of the allocator's own in between."""
+def test_populated_tensors_do_not_split_their_mappings():
+    """Check tensors side by side, with a page between them that the allocator's header shares with a tensor.
+
+    Linux places new memory into holes of the address space first, so the tensors may start as many mappings.
+    """
 
     def mappings():
         with open("/proc/self/maps") as maps:
             return len(maps.readlines())
 
-    before = mappings()
     tensors = [torch.empty(40 * MIB, dtype=torch.uint8) for _ in range(20)]
+    before = mappings()
     for huge_pages in (False, None, True, None):
         NewMemory(tensors, huge_pages).populate_all(1)
-        assert mappings() - before < 20
+        assert mappings() - before < 10
 
 
 def test_partial_block_is_not_measured(advice):
