@@ -1,5 +1,6 @@
 """Tests of faults: each file call, allocation and start of a thread fails in each way, once; see ``fault_sweep``."""
 
+import gc
 import signal
 import sys
 import threading
@@ -48,10 +49,16 @@ def test_all_calls_are_swept(sweep):
     assert counts["convert"] > 100
 
 
+def assert_sweep_fails(sweep, verb, fault, match=None):
+    """Check that the sweep fails; then free its frames: they refer to the error in a circle, and keep files open."""
+    with pytest.raises(AssertionError, match=match):
+        sweep_one(sweep, verb, FAULTS[fault])
+    gc.collect()
+
+
 def test_sweep_detects_an_open_descriptor(sweep, monkeypatch):
     monkeypatch.setattr(reading.OpenFiles, "close", lambda self: None)
-    with pytest.raises(AssertionError, match="left open"):
-        sweep_one(sweep, "load", FAULTS["EIO"])
+    assert_sweep_fails(sweep, "load", "EIO", "left open")
 
 
 def test_sweep_detects_a_mapped_file(sweep, monkeypatch):
@@ -64,8 +71,7 @@ def test_sweep_detects_a_mapped_file(sweep, monkeypatch):
 
     stock = system.open_readonly
     monkeypatch.setattr(system, "open_readonly", mapping)
-    with pytest.raises(AssertionError, match="left open"):
-        sweep_one(sweep, "load", FAULTS["EIO"])
+    assert_sweep_fails(sweep, "load", "EIO", "left open")
     assert mapped_files()
     maps.clear()
 
@@ -73,14 +79,12 @@ def test_sweep_detects_a_mapped_file(sweep, monkeypatch):
 def test_sweep_detects_filled_targets_that_are_not_reported(sweep, monkeypatch):
     monkeypatch.setattr(load, "add_filled_targets", lambda *_: None)
     for fault in ("KeyboardInterrupt", "no memory for a buffer", "EIO"):
-        with pytest.raises(AssertionError, match="does not name the filled tensors"):
-            sweep_one(sweep, "load", FAULTS[fault])
+        assert_sweep_fails(sweep, "load", fault, "does not name the filled tensors")
 
 
 def test_sweep_detects_a_leftover_file(sweep, monkeypatch):
     monkeypatch.setattr(destination, "remove_staging", lambda staging: None)
-    with pytest.raises(AssertionError):
-        sweep_one(sweep, "save", FAULTS["EIO"])
+    assert_sweep_fails(sweep, "save", "EIO")
 
 
 def test_sweep_detects_a_swallowed_error(sweep, monkeypatch):
@@ -93,8 +97,7 @@ def test_sweep_detects_a_swallowed_error(sweep, monkeypatch):
             return
 
     monkeypatch.setattr(source, "read_exactly", swallowing)
-    with pytest.raises(AssertionError):
-        sweep_one(sweep, "load", FAULTS["EIO"])
+    assert_sweep_fails(sweep, "load", "EIO")
 
 
 @pytest.mark.parametrize("verb", VERBS)
