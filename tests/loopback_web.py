@@ -6,14 +6,15 @@
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
+
+from tests.loopback import running
 
 _RANGE = re.compile(r"bytes=(\d+)-(\d+)")
 
@@ -54,17 +55,9 @@ class Web:
 @contextmanager
 def serve(folder: Path, **settings: Any) -> Iterator[Web]:
     web = Web(folder, **settings)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"web": web}))
-    server.daemon_threads = True
-    web.url = f"http://127.0.0.1:{server.server_port}/models/tiny"
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    try:
+    with running(type("Handler", (_Handler,), {"web": web})) as url:
+        web.url = f"{url}/models/tiny"
         yield web
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 class _Handler(BaseHTTPRequestHandler):

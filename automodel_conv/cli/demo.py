@@ -149,5 +149,5 @@ def _events(model: DemoModel, root: str, runs: int) -> Generator[dict[str, Any],
         if process.returncode:
             log.seek(max(0, log.seek(0, os.SEEK_END) - 4000))
             output = f"exit status {process.returncode}\n{log.read()}"
-            do = "free memory and disk space: it needs 5 GB of memory and 1 GB in the temporary directory"
+            do = "free memory and disk space: it needs 4 GB of memory and 1 GB in the temporary directory"
             raise ConversionError(message("a step of the demo failed", found=output, do=do))
