@@ -20,6 +20,7 @@ from typing import Any
 
 from automodel_conv.dtypes import FLOATING
 from automodel_conv.errors import QuantizationError, listing, message
+from automodel_conv.planning.arrangement import PLAIN, Arrangement
 from automodel_conv.planning.code_names import NARROW
 from automodel_conv.planning.copies import ZEROS_IN_I32, Decode, SourceTable, Target
 from automodel_conv.planning.lowering import copies_of
@@ -27,7 +28,7 @@ from automodel_conv.planning.methods.method import Block, Method, Packing, Schem
 from automodel_conv.planning.methods.table import METHODS
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.schemes import KEEP, kv_cache_rows, read_config
-from automodel_conv.planning.values import leaf, transpose
+from automodel_conv.planning.values import leaf
 
 
 def quantized_table(
@@ -85,18 +86,17 @@ def padding_suspects(stored: SourceTable, decoded: SourceTable, config: Mapping[
                     yield row, shape_name
 
 
-def untransposed_plan(table: SourceTable) -> CopyPlan:
-    """Return the plan that copies each source unchanged, except that it transposes those stored transposed."""
-    stored_transposed = {row for row, decode in table.decodes.items() if decode.stored_transposed}
-    copies_by_shape: dict[tuple[tuple[int, ...], bool], Any] = {}
+def arranged_plan(table: SourceTable) -> CopyPlan:
+    """Return the plan that views each quantized source as its weight, and copies all other sources unchanged."""
+    copies_by_shape: dict[tuple[tuple[int, ...], Arrangement], Any] = {}
     targets = []
     for row, (name, dtype, shape) in enumerate(zip(table.names, table.dtypes, table.shapes, strict=True)):
         if row in table.hidden:
             continue
-        key = shape, row in stored_transposed
+        decode = table.decodes.get(row)
+        key = shape, PLAIN if decode is None else decode.arrangement
         if key not in copies_by_shape:
-            value = leaf(0, shape)
-            value = transpose(value, -2, -1) if row in stored_transposed else value
+            value = leaf(0, shape) if key[1] == PLAIN else key[1].view(leaf(0, shape))
             copies_by_shape[key] = value.shape, copies_of(value)
         target_shape, copies = copies_by_shape[key]
         targets.append(Target(name, dtype, target_shape, -1, (row,), copies))
@@ -187,7 +187,7 @@ class _CodeMatcher:
                     zero_points,
                     global_scale,
                     self._method.divides,
-                    packing.stored_transposed,
+                    packing.arrangement,
                     self._like_upstream,
                 )
         return True

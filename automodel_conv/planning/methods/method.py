@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from automodel_conv.dtypes import BITS
+from automodel_conv.planning.arrangement import PLAIN, Arrangement
 from automodel_conv.planning.copies import CODE_BITS
 
 
@@ -27,8 +28,8 @@ class Packing(NamedTuple):
     """Format of a code; see ``Decode``."""
     group: int | None = None
     """Size of the last dimension if the tensor is ``[..., rows, groups, group]``; None if it is ``[..., rows, n]``."""
-    stored_transposed: bool = False
-    """Whether the weight is the transpose, ``[..., columns, rows]``."""
+    arrangement: Arrangement = PLAIN
+    """How the matrix of the codes is viewed as the weight."""
     shape_suffix: str = ""
     """Suffix of the tensor that holds the weight's shape, for packings whose rows may end in padding."""
 
@@ -43,7 +44,7 @@ class Packing(NamedTuple):
         return "[..., rows, columns]" if self.group is None else f"[..., rows, groups, {self.group}]"
 
     def unpacked(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-        """Return the shape of the codes in a tensor of the given shape, not yet transposed; None if it is invalid."""
+        """Return the shape of the codes in a tensor of the given shape, as stored; None if it is invalid."""
         if self.group is not None:
             if len(shape) < 3 or shape[-1] != self.group:
                 return None
