@@ -195,7 +195,7 @@ class Decode(NamedTuple):
     zero_points: int | None = None
     """Row of the zero points, if there are any."""
     global_scale: int | None = None
-    """Row of the scale of the whole tensor, if there is one."""
+    """Row of the global scale, if there is one: one F32, or one for each matrix of a stack."""
     divides: bool = False
     """Whether the scale is divided by the global scale instead of multiplied."""
     arrangement: Arrangement = PLAIN

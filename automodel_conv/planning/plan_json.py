@@ -168,6 +168,7 @@ def _reads_inside(decode: Decode, row: int, shapes: Sequence[tuple[int, ...]]) -
     if decode.matrix != (rows, columns) or min(decode.block) < 1 or decode.arrangement.shape(decode.matrix) is None:
         return False
     grid_rows, grid_columns = -(-rows // decode.block[0]), -(-columns // decode.block[1])
-    sizes = prod(lead) * grid_rows * grid_columns, -(-grid_rows // ZEROS_IN_I32) * grid_columns, 1
+    matrices = prod(lead)
+    sizes = {matrices * grid_rows * grid_columns}, {-(-grid_rows // ZEROS_IN_I32) * grid_columns}, {1, matrices}
     parts = decode.scales, decode.zero_points, decode.global_scale
-    return all(part is None or prod(shapes[part]) == size for part, size in zip(parts, sizes, strict=True))
+    return all(part is None or prod(shapes[part]) in fitting for part, fitting in zip(parts, sizes, strict=True))

@@ -77,6 +77,21 @@ def test_edited_parts_of_quantized_sources_do_not_fit(field, value):
         CopyPlan.from_json(json.dumps(data))
 
 
+@pytest.mark.parametrize(("matrices", "fits"), [(1, True), (3, True), (2, False), (9, False)])
+def test_global_scale_is_one_or_one_for_each_matrix(matrices, fits):
+    names, dtypes = ["w", "w_weight_scale", "w_weight_scale_2"], ["U8", "F8_E4M3", "F32"]
+    config = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    sources = quantized_table(SourceTable(names, dtypes, [(3, 3, 16), (3, 3, 2), (3,)]), config)
+    target = Target("w", "BF16", (3, 3, 32), -1, (0,), group_pieces([Piece(0, Box((288,), (1,), (1,)), 0, 0)]))
+    data = json.loads(CopyPlan(sources, (target,)).to_json())
+    data["sources"][2][2] = [matrices]
+    if fits:
+        CopyPlan.from_json(json.dumps(data))
+    else:
+        with pytest.raises(UnsupportedError, match="the parts of w do not fit"):
+            CopyPlan.from_json(json.dumps(data))
+
+
 def test_copies_that_are_no_box_are_proved_piece_by_piece():
     """Check two walks of too many steps for boxes of their own, whose strides 3 and 2 do not divide each other."""
     one, many, numel = range(5000), range(10_000), 27_000

@@ -92,8 +92,8 @@ class Method:
     """Suffixes of scales. A weight has exactly one of them."""
     zero_points: str = ""
     """Suffix of zero points, an I32 tensor with ``ZEROS_IN_I32`` in an element."""
-    global_scale: str = ""
-    """Suffix of the scale of the whole tensor, one F32."""
+    global_scale: tuple[str, ...] = ()
+    """Suffixes of global scales: one F32, or one for each matrix of a stack. A weight has at most one of them."""
     divides: bool = False
     """Whether the global scale divides the other scales. Otherwise it multiplies them."""
     dropped: tuple[str, ...] = ()
@@ -120,11 +120,12 @@ def part_name(weight: str, suffix: str) -> str | None:
     """Return the name of a part of a weight; None if a weight of that name cannot have the part.
 
     A suffix is appended to the name of the weight. If it starts with a dot, it replaces the last component, "weight".
+    If it starts with "_weight", the last component is another one, such as that of "experts.down_proj".
     """
-    if not suffix.startswith("."):
-        return weight + suffix
     module, _, leaf = weight.rpartition(".")
-    return module + suffix if leaf == "weight" else None
+    if suffix.startswith("."):
+        return module + suffix if leaf == "weight" else None
+    return None if leaf == "weight" and suffix.startswith("_weight") else weight + suffix
 
 
 def weight_name(part: str, suffix: str) -> str:
