@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from automodel_conv.errors import QuantizationError, message
-from automodel_conv.execution.reading import read_whole
+import torch
+
+from automodel_conv.errors import QuantizationError, UnsupportedError, message
+from automodel_conv.execution.reading import read_each, read_whole
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.files.config import MODELOPT_NAME, quantization
 from automodel_conv.planning.code_names import has_codes
 from automodel_conv.planning.copies import SourceTable
-from automodel_conv.planning.quantization import padding_suspects, quantized_table
+from automodel_conv.planning.quantization import group_indices, padding_suspects, quantized_table
 from automodel_conv.planning.schemes import KEEP
 
 
@@ -22,6 +24,7 @@ def decoded_table(checkpoint: Checkpoint, needs_values: bool) -> SourceTable:
 
     Raises:
         CheckpointError: ``config.json``, or modelopt's own file, is malformed.
+        UnsupportedError: see ``quantized_table``; or the columns of a group are not consecutive.
         QuantizationError: see ``quantized_table``; or the checkpoint has codes and scales, no config describes them,
             and ``needs_values`` is true.
     """
@@ -30,6 +33,7 @@ def decoded_table(checkpoint: Checkpoint, needs_values: bool) -> SourceTable:
     if config is not None:
         decoded = quantized_table(table, config.settings, where=config.path)
         _refuse_padding(checkpoint, padding_suspects(table, decoded, config.settings), decoded)
+        _refuse_shuffled_groups(checkpoint, group_indices(decoded, config.settings))
         return decoded
     codes = has_codes(table) if needs_values else None
     if codes is not None:
@@ -73,3 +77,38 @@ def _refuse_padding(checkpoint: Checkpoint, suspects: Iterable[tuple[int, str]],
             name = checkpoint.names[row]
             text = "the rows of packed codes end in padding, which is not supported"
             raise QuantizationError(message(text, where=name, expected=list(table.shapes[row]), found=true_shape))
+
+
+def _refuse_shuffled_groups(checkpoint: Checkpoint, indices: Iterable[tuple[str, int, int]]) -> None:
+    """Refuse weights whose groups are not consecutive columns, which is not supported.
+
+    A remote checkpoint is not checked, because its plan is compiled from headers only. A load checks it.
+
+    Args:
+        indices: see ``group_indices``.
+
+    Raises:
+        UnsupportedError: the columns of a group are not consecutive.
+    """
+    if checkpoint.is_remote:
+        return
+    rows = {
+        row: (columns, group) for name, columns, group in indices if (row := checkpoint.position.get(name)) is not None
+    }
+    in_order: dict[tuple[int, int], torch.Tensor] = {}
+    for row, (columns, group) in rows.items():
+        if (checkpoint.dtypes[row], checkpoint.shapes[row]) != ("I32", (columns,)):
+            stored = f"{checkpoint.dtypes[row]} {list(checkpoint.shapes[row])}"
+            raise _shuffled_groups(checkpoint.names[row], columns, group, stored)
+        in_order.setdefault((columns, group), torch.arange(columns, dtype=torch.int32) // group)
+    for row, stored in zip(rows, read_each(list(rows), checkpoint), strict=True):
+        expected = in_order[rows[row]]
+        if not torch.equal(stored, expected):
+            first = int((stored != expected).nonzero()[0])
+            raise _shuffled_groups(checkpoint.names[row], *rows[row], f"element {first} is {int(stored[first])}")
+
+
+def _shuffled_groups(name: str, columns: int, group: int, found: str) -> UnsupportedError:
+    text = "groups by activation order are not supported"
+    expected = f"I32 [{columns}], in which element i is i // {group}"
+    return UnsupportedError(message(text, where=name, expected=expected, found=found, do=[KEEP]))
