@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from automodel_conv.planning.arrangement import rows_in_words
 from automodel_conv.planning.methods.method import (
     FLOAT_SCALES,
     FP8_CODES,
@@ -28,8 +29,20 @@ def _schemes(config: Mapping[str, Any]) -> list[Scheme]:
     if algorithm == "FP8":
         return [Scheme("e4m3", TENSOR, FLOAT_SCALES)]
     if algorithm == "NVFP4":
-        return [Scheme("e2m1", block_of((1, config.get("group_size") or 16)), FP8_SCALES, global_scale=True)]
+        return _nvfp4(config.get("group_size") or 16)
     raise UnsupportedScheme(f"modelopt's {algorithm}", ["FP8", "NVFP4"])
+
+
+def _nvfp4(size: int) -> list[Scheme]:
+    """Return the schemes of NVFP4: with groups of columns, or of rows in a stack of transposed weights.
+
+    modelopt transposes the experts of Llama 4 and gpt-oss, [E, in, out], quantizes groups of inputs, and transposes
+    codes and scales back. A byte then holds two rows of a column.
+    """
+    by_columns = Scheme("e2m1", block_of((1, size)), FP8_SCALES, global_scale=True)
+    if size % 2:
+        return [by_columns]
+    return [by_columns, by_columns._replace(block=(size // 2, 2), stack_arrangement=rows_in_words(2))]
 
 
 MODELOPT = Method(
