@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import ceil, prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from automodel_conv.dtypes import FLOATING
 from automodel_conv.errors import QuantizationError, listing, message
@@ -77,10 +77,22 @@ def quantized_table(
     return matcher.decoded()
 
 
-def padding_suspects(stored: SourceTable, decoded: SourceTable, config: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
-    """Yield codes that may end in padding: ``(row, name of the tensor that holds the weight's true shape)``.
+class PaddingSuspect(NamedTuple):
+    """Codes whose rows may end in padding."""
 
-    Rows of codes may end in padding if one scale covers the whole row.
+    row: int
+    """Row of the codes."""
+    shape_name: str
+    """Name of the tensor that holds the true shape of the weight."""
+    codes_per_element: int
+    """Number of codes in an element. Fewer of them are padding."""
+
+
+def padding_suspects(stored: SourceTable, decoded: SourceTable, config: Mapping[str, Any]) -> Iterator[PaddingSuspect]:
+    """Yield codes whose rows may end in padding.
+
+    Rows of whole groups do not: compressed-tensors refuses to quantize others (compressed-tensors 0.20.1,
+    ``quantization/lifecycle/forward_helpers.py``).
 
     Args:
         stored: the checkpoint's tensors as stored.
@@ -89,13 +101,30 @@ def padding_suspects(stored: SourceTable, decoded: SourceTable, config: Mapping[
     """
     packings = [packing for packing in METHODS[config["quant_method"]].codes if packing.shape_suffix]
     for row, decode in decoded.decodes.items() if packings else ():
-        if decode.block[1] < decode.matrix[1]:
+        columns, group = decode.matrix[1], decode.block[1]
+        if group < columns and columns % group == 0:
             continue
         for packing in packings:
             if stored.dtypes[row] == packing.dtype and stored.names[row].endswith(packing.suffix):
                 shape_name = part_name(decoded.names[row], packing.shape_suffix)
                 if shape_name is not None:
-                    yield row, shape_name
+                    yield PaddingSuspect(row, shape_name, packing.codes_per_element)
+
+
+def without_padding(decoded: SourceTable, widths: Mapping[int, int]) -> SourceTable:
+    """Return a table whose weights have only the columns that are not padding.
+
+    Args:
+        decoded: the table.
+        widths: true number of columns, by row.
+    """
+    if not widths:
+        return decoded
+    decodes = {
+        row: decode._replace(arrangement=decode.arrangement._replace(width=widths[row])) if row in widths else decode
+        for row, decode in decoded.decodes.items()
+    }
+    return replace(decoded, decodes=decodes)
 
 
 def arranged_plan(table: SourceTable) -> CopyPlan:
@@ -291,10 +320,12 @@ class _CodeMatcher:
             return self._report(row, kind, names[scales], weight)
         scheme = fitting[0]
         rows, columns = _within(scheme.block, shape)
-        # Whole groups leave no padding.
         if packing.shape_suffix and scheme.block[1] is not None and shape[-1] % scheme.block[1]:
-            kind = f"{{}} holds {shape[-1]} columns, not whole groups of {scheme.block[1]}"
-            return self._report(row, kind, names[row])
+            true_shape = part_name(weight, packing.shape_suffix)
+            if true_shape not in self._rows:
+                held = f"{shape[-1]} columns, not whole groups of {scheme.block[1]}"
+                kind = f"{{}} holds {held}, and no {{}} tells how many are padding"
+                return self._report(row, kind, names[row], true_shape or packing.shape_suffix)
         if zero_points is not None:
             wanted = ceil(ceil(shape[-2] / rows) / ZEROS_IN_I32), ceil(shape[-1] / columns)
             if len(shape) > 2 or (dtypes[zero_points], shapes[zero_points]) != ("I32", wanted):

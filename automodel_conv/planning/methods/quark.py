@@ -94,7 +94,7 @@ QUARK = Method(
     codes=(*FP8_CODES, Packing("", "U8", "e2m1")),
     # Layers that an export restores from an FP8 checkpoint keep its name, _scale_inv.
     scales=("_scale", "_scale_inv", ".weight_quantizer.scale"),
-    global_scale="_scale_2",
+    global_scale=("_scale_2",),
     dropped=(
         ".input_scale",
         ".input_scale_2",
