@@ -24,7 +24,7 @@ from automodel_conv.compiling.expert_layouts import (
     refuse_no_experts,
     relaid_specs,
 )
-from automodel_conv.compiling.stages import composed, untranspose_stages
+from automodel_conv.compiling.stages import arranging_stages, composed
 from automodel_conv.dtypes import dtype_code
 from automodel_conv.planning.compiler import compile_targets
 from automodel_conv.planning.composition import table_of
@@ -119,7 +119,7 @@ def loading_plan(
     if targets is not None and not kv_cache_rows(targets):
         cache_rows = kv_cache_rows(table.names)
         table = replace(table, hidden=table.hidden.union(cache_rows)) if cache_rows else table
-    stages = untranspose_stages(table)
+    stages = arranging_stages(table)
     if stages:
         table = table_of(stages[-1].targets)
     if incoming is not None and source_layout is not None and not has_names_of(targets, source_layout):

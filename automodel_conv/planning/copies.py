@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from automodel_conv.dtypes import nbytes
 from automodel_conv.files.checkpoint import Checkpoint
-from automodel_conv.planning.boxes import Box, Piece, run_of
+from automodel_conv.planning.arrangement import PLAIN, Arrangement
+from automodel_conv.planning.boxes import SPAN, Box, Piece, run_of
 
 
 class StridedCopy(NamedTuple):
@@ -33,14 +34,6 @@ class StridedCopy(NamedTuple):
             Piece(ordinal, self.box, source, target)
             for ordinal, source, target in zip(self.ordinals, self.source_offsets, self.target_offsets, strict=True)
         ]
-
-
-SPAN = 1 << 64
-"""Distance in elements between the first elements of consecutive sources in the address space that they share.
-
-Every source is shorter. In this address space a walk over sources is a dimension like any other, so that one piece can
-read thousands of sources.
-"""
 
 
 def over_sources(copy: StridedCopy) -> list[Piece]:
@@ -202,11 +195,11 @@ class Decode(NamedTuple):
     zero_points: int | None = None
     """Row of the zero points, if there are any."""
     global_scale: int | None = None
-    """Row of the scale of the whole tensor, if there is one."""
+    """Row of the global scale, if there is one: one F32, or one for each matrix of a stack."""
     divides: bool = False
     """Whether the scale is divided by the global scale instead of multiplied."""
-    stored_transposed: bool = False
-    """Whether the last two dimensions are stored in the opposite order."""
+    arrangement: Arrangement = PLAIN
+    """How the matrix is viewed as the weight."""
     like_upstream: bool = False
     """Whether values are rounded as transformers rounds them instead of once."""
 
@@ -218,7 +211,7 @@ class Decode(NamedTuple):
     @property
     def kind(self) -> tuple[object, ...]:
         """All fields except the rows; sources of equal kinds are decoded the same way."""
-        return self.format, self.matrix, self.block, self.divides, self.stored_transposed, self.like_upstream
+        return self.format, self.matrix, self.block, self.divides, self.arrangement, self.like_upstream
 
     @property
     def parts(self) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from automodel_conv.errors import ConversionError, QuantizationError, UnsupportedError, message
+from automodel_conv.planning.arrangement import PLAIN
 from automodel_conv.planning.composition import table_of
 from automodel_conv.planning.copies import Decode, SourceTable, StridedCopy, Target
 from automodel_conv.planning.plan import CopyPlan
@@ -93,6 +94,8 @@ def _suffix(target: Target, stored: SourceTable, decoded: SourceTable) -> str:
         raise _refused(target.name, "only some of its parts are quantized")
     if any(decode.bits != 8 or len(decode.parts) > 1 for decode in known):
         raise _refused(target.name, f"codes of the format {known[0].format} cannot be rearranged")
+    if any(decode.arrangement != PLAIN for decode in known):
+        raise _refused(target.name, f"its codes are arranged as {known[0].arrangement} before they are moved")
     if len({stored.dtypes[row] for row in target.sources}) > 1:
         raise _refused(target.name, "its parts have codes of different formats")
     weights = (decoded.names[row] for row in target.sources)

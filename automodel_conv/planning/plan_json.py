@@ -14,7 +14,7 @@ from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.planning.boxes import Box
 from automodel_conv.planning.copies import CODE_BITS, ZEROS_IN_I32, Decode, SourceTable, StridedCopy, Target
 
-_VERSION = 3
+_VERSION = 4
 # Fields that JSON represents as they are.
 _PLAIN_FIELDS = ("rules", "missing", "unexpected", "mismatched", "tied")
 
@@ -165,9 +165,10 @@ def _reads_inside(decode: Decode, row: int, shapes: Sequence[tuple[int, ...]]) -
     if decode.format not in CODE_BITS or len(shapes[row]) < 2:
         return False
     *lead, rows, columns = shapes[row]
-    if decode.matrix != (rows, columns) or min(decode.block) < 1:
+    if decode.matrix != (rows, columns) or min(decode.block) < 1 or decode.arrangement.shape(decode.matrix) is None:
         return False
     grid_rows, grid_columns = -(-rows // decode.block[0]), -(-columns // decode.block[1])
-    sizes = prod(lead) * grid_rows * grid_columns, -(-grid_rows // ZEROS_IN_I32) * grid_columns, 1
+    matrices = prod(lead)
+    sizes = {matrices * grid_rows * grid_columns}, {-(-grid_rows // ZEROS_IN_I32) * grid_columns}, {1, matrices}
     parts = decode.scales, decode.zero_points, decode.global_scale
-    return all(part is None or prod(shapes[part]) == size for part, size in zip(parts, sizes, strict=True))
+    return all(part is None or prod(shapes[part]) in fitting for part, fitting in zip(parts, sizes, strict=True))

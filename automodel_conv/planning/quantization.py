@@ -20,14 +20,15 @@ from typing import Any
 
 from automodel_conv.dtypes import FLOATING
 from automodel_conv.errors import QuantizationError, listing, message
+from automodel_conv.planning.arrangement import PLAIN, Arrangement
 from automodel_conv.planning.code_names import NARROW
 from automodel_conv.planning.copies import ZEROS_IN_I32, Decode, SourceTable, Target
 from automodel_conv.planning.lowering import copies_of
-from automodel_conv.planning.methods.method import Block, Method, Packing, Scheme, part_name, weight_name
+from automodel_conv.planning.methods.method import TENSOR, Block, Method, Packing, Scheme, part_name, weight_name
 from automodel_conv.planning.methods.table import METHODS
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.schemes import KEEP, kv_cache_rows, read_config
-from automodel_conv.planning.values import leaf, transpose
+from automodel_conv.planning.values import leaf
 
 
 def quantized_table(
@@ -85,18 +86,17 @@ def padding_suspects(stored: SourceTable, decoded: SourceTable, config: Mapping[
                     yield row, shape_name
 
 
-def untransposed_plan(table: SourceTable) -> CopyPlan:
-    """Return the plan that copies each source unchanged, except that it transposes those stored transposed."""
-    stored_transposed = {row for row, decode in table.decodes.items() if decode.stored_transposed}
-    copies_by_shape: dict[tuple[tuple[int, ...], bool], Any] = {}
+def arranged_plan(table: SourceTable) -> CopyPlan:
+    """Return the plan that views each quantized source as its weight, and copies all other sources unchanged."""
+    copies_by_shape: dict[tuple[tuple[int, ...], Arrangement], Any] = {}
     targets = []
     for row, (name, dtype, shape) in enumerate(zip(table.names, table.dtypes, table.shapes, strict=True)):
         if row in table.hidden:
             continue
-        key = shape, row in stored_transposed
+        decode = table.decodes.get(row)
+        key = shape, PLAIN if decode is None else decode.arrangement
         if key not in copies_by_shape:
-            value = leaf(0, shape)
-            value = transpose(value, -2, -1) if row in stored_transposed else value
+            value = leaf(0, shape) if key[1] == PLAIN else key[1].view(leaf(0, shape))
             copies_by_shape[key] = value.shape, copies_of(value)
         target_shape, copies = copies_by_shape[key]
         targets.append(Target(name, dtype, target_shape, -1, (row,), copies))
@@ -156,12 +156,14 @@ class _CodeMatcher:
                 return True
             return False
         zero_points = self._part_row(weight, self._method.zero_points)
-        global_scale = self._part_row(weight, self._method.global_scale)
-        others = [part for part in (zero_points, global_scale) if part is not None]
-        self._hidden.update(scales, others, self._part_rows(weight, self._method.dropped))
+        global_scales = self._part_rows(weight, self._method.global_scale)
+        global_scale = global_scales[0] if global_scales else None
+        others = [] if zero_points is None else [zero_points]
+        self._hidden.update(scales, global_scales, others, self._part_rows(weight, self._method.dropped))
         refused = self._part_rows(weight, self._method.refused) if self._method.refused else []
-        if len(scales) > 1:
-            self._report(row, f"{name} has {len(scales)} scales: {', '.join(self._table.names[s] for s in scales)}")
+        several = next((parts for parts in (scales, global_scales) if len(parts) > 1), None)
+        if several is not None:
+            self._report(row, f"{name} has {len(several)} scales: {', '.join(self._table.names[s] for s in several)}")
         elif refused:
             part = self._table.names[refused[0]]
             why = next(why for suffix, why in self._method.refused.items() if part_name(weight, suffix) == part)
@@ -187,7 +189,7 @@ class _CodeMatcher:
                     zero_points,
                     global_scale,
                     self._method.divides,
-                    packing.stored_transposed,
+                    packing.arrangement,
                     self._like_upstream,
                 )
         return True
@@ -195,6 +197,7 @@ class _CodeMatcher:
     def _report_unpaired_scales(self) -> None:
         """Report scales without codes: their writer meant something other than what a load would produce."""
         suffixes = tuple(suffix for suffix in self._method.scales if suffix.startswith("_"))
+        suffixes = tuple(sorted(suffixes, key=len, reverse=True))
         code_suffixes = {packing.suffix for packing in self._method.codes}
         for name, row in self._rows.items():
             if row in self._hidden or not name.endswith(suffixes):
@@ -251,13 +254,14 @@ class _CodeMatcher:
             wanted = " or ".join(dict.fromkeys(str(list(_scale_shapes(shape, scheme.block)[0])) for scheme in typed))
             difference = f"expected {wanted}, found {list(shapes[scales])}"
             return self._report(row, f"{names[scales]} of {weight} {list(shape)}: {difference}")
-        for part, suffix, flag, what in (
-            (zero_points, self._method.zero_points, "zero_points", "zero points"),
+        for part, suffixes, flag, what in (
+            (zero_points, (self._method.zero_points,), "zero_points", "zero points"),
             (global_scale, self._method.global_scale, "global_scale", "scale of the whole tensor"),
         ):
             agreeing = [scheme for scheme in fitting if getattr(scheme, flag) == (part is not None)]
             if not agreeing:
-                missing = f"{weight} has no {what}: no tensor is named {part_name(weight, suffix) or suffix}"
+                wanted = " or ".join(filter(None, (part_name(weight, suffix) for suffix in suffixes)))
+                missing = f"{weight} has no {what}: no tensor is named {wanted or suffixes[0]}"
                 return self._report(row, missing if part is None else f"{names[part]}: the config has no {what}")
             fitting = agreeing
         if len({_within(scheme.block, shape) for scheme in fitting}) > 1:
@@ -273,9 +277,13 @@ class _CodeMatcher:
             if len(shape) > 2 or (dtypes[zero_points], shapes[zero_points]) != ("I32", wanted):
                 difference = f"expected I32 {list(wanted)}, found {dtypes[zero_points]} {list(shapes[zero_points])}"
                 return self._report(row, f"{names[zero_points]}: {difference}")
-        if global_scale is not None and (dtypes[global_scale] != "F32" or prod(shapes[global_scale]) != 1):
-            stored = f"{dtypes[global_scale]} {list(shapes[global_scale])}"
-            return self._report(row, f"{names[global_scale]}: expected one F32, found {stored}")
+        if global_scale is not None:
+            of_stack = _scale_shapes(shape, TENSOR)
+            fits = prod(shapes[global_scale]) == 1 or shapes[global_scale] in of_stack
+            if dtypes[global_scale] != "F32" or not fits:
+                wanted = " or ".join(["one F32", *(f"F32 {list(one_each)}" for one_each in of_stack[-1:] if one_each)])
+                stored = f"{dtypes[global_scale]} {list(shapes[global_scale])}"
+                return self._report(row, f"{names[global_scale]}: expected {wanted}, found {stored}")
         return scheme
 
 

@@ -53,12 +53,18 @@ def test_shapes_of_codes(packing, stored, unpacked):
 
 @pytest.mark.parametrize(
     ("weight", "suffix", "part"),
-    [("a.weight", "_scale", "a.weight_scale"), ("a.weight", ".scale", "a.scale"), ("a.bias", "", "a.bias")],
+    [
+        ("a.weight", "_scale", "a.weight_scale"),
+        ("a.weight", ".scale", "a.scale"),
+        ("a.bias", "", "a.bias"),
+        ("a.down_proj", "_weight_scale", "a.down_proj_weight_scale"),
+    ],
 )
 def test_part_is_named_after_its_weight(weight, suffix, part):
     assert part_name(weight, suffix) == part
     assert weight_name(part, suffix) == weight
     assert part_name("a.bias", ".scale") is None
+    assert part_name("a.weight", "_weight_scale") is None
 
 
 def compressed(stored, **weights):

@@ -115,6 +115,27 @@ def test_scales_determine_the_block_if_the_config_does_not(scale, block):
     assert table_read.decodes[0].block == block
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (3,), (3, 1), (3, 1, 1)], ids=str)
+def test_stack_has_one_global_scale_or_one_for_each_matrix(shape):
+    parts = {
+        "experts__down_proj": ("U8", (3, 8, 16)),
+        "experts__down_proj_weight_scale": ("F8_E4M3", (3, 8, 2)),
+        "experts__down_proj_weight_scale_2": ("F32", shape),
+        "experts__down_proj_input_scale": ("F32", (3,)),
+    }
+    table_read = quantized_table(table(**parts), {"quant_method": "modelopt", "quant_algo": "NVFP4"})
+    assert table_read.decodes == {0: Decode("e2m1", (8, 32), (1, 16), 1, global_scale=2)}
+    assert table_read.hidden == {1, 2, 3}
+    assert table_read.shapes[0] == (3, 8, 32)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1), (3, 1, 1)], ids=str)
+def test_stack_has_one_scale_for_each_matrix(shape):
+    parts = {"experts__down_proj": ("F8_E4M3", (3, 8, 16)), "experts__down_proj_weight_scale": ("F32", shape)}
+    table_read = quantized_table(table(**parts), {"quant_method": "modelopt", "quant_algo": "FP8"})
+    assert table_read.decodes == {0: Decode("e4m3", (8, 16), (8, 16), 1)}
+
+
 CODES = {"a__weight": ("F8_E4M3", (256, 256))}
 SCALED = CODES | {"a__weight_scale_inv": ("F32", (2, 2))}
 PACKED = {"a__weight_packed": ("I32", (64, 16)), "a__weight_scale": ("BF16", (64, 4))}
@@ -173,6 +194,30 @@ WITH_ZERO_POINTS = compressed(num_bits=4, type="int", strategy="group", group_si
             {"quant_method": "modelopt", "quant_algo": "NVFP4"},
             {"a__weight": ("U8", (8, 32)), "a__weight_scale": ("U8", (8, 4)), "a__weight_scale_2": ("F32", ())},
             "a.weight_scale is U8; these e2m1 codes have scales of F8_E4M3",
+        ),
+        (
+            {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+            {
+                "a": ("U8", (3, 8, 16)),
+                "a_weight_scale": ("F8_E4M3", (3, 8, 2)),
+                "a_weight_scale_2": ("F32", (8,)),
+            },
+            "a_weight_scale_2: expected one F32 or F32 [3], found F32 [8]",
+        ),
+        (
+            {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+            {
+                "a": ("U8", (3, 8, 16)),
+                "a_weight_scale": ("F8_E4M3", (3, 8, 2)),
+                "a_weight_scale_2": ("F32", ()),
+                "a_scale_2": ("F32", ()),
+            },
+            "a has 2 scales: a_scale_2, a_weight_scale_2",
+        ),
+        (
+            {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+            {"a__weight": ("U8", (8, 16)), "a__weight_scale": ("F8_E4M3", (8, 2)), "a__weight_scale_2": ("F32", (8,))},
+            "a.weight_scale_2: expected one F32, found F32 [8]",
         ),
         (
             compressed("float-quantized", num_bits=8, type="float", strategy="tensor"),

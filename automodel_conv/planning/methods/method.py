@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from automodel_conv.dtypes import BITS
+from automodel_conv.planning.arrangement import PLAIN, Arrangement
 from automodel_conv.planning.copies import CODE_BITS
 
 
@@ -27,8 +28,8 @@ class Packing(NamedTuple):
     """Format of a code; see ``Decode``."""
     group: int | None = None
     """Size of the last dimension if the tensor is ``[..., rows, groups, group]``; None if it is ``[..., rows, n]``."""
-    stored_transposed: bool = False
-    """Whether the weight is the transpose, ``[..., columns, rows]``."""
+    arrangement: Arrangement = PLAIN
+    """How the matrix of the codes is viewed as the weight."""
     shape_suffix: str = ""
     """Suffix of the tensor that holds the weight's shape, for packings whose rows may end in padding."""
 
@@ -43,7 +44,7 @@ class Packing(NamedTuple):
         return "[..., rows, columns]" if self.group is None else f"[..., rows, groups, {self.group}]"
 
     def unpacked(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-        """Return the shape of the codes in a tensor of the given shape, not yet transposed; None if it is invalid."""
+        """Return the shape of the codes in a tensor of the given shape, as stored; None if it is invalid."""
         if self.group is not None:
             if len(shape) < 3 or shape[-1] != self.group:
                 return None
@@ -91,8 +92,8 @@ class Method:
     """Suffixes of scales. A weight has exactly one of them."""
     zero_points: str = ""
     """Suffix of zero points, an I32 tensor with ``ZEROS_IN_I32`` in an element."""
-    global_scale: str = ""
-    """Suffix of the scale of the whole tensor, one F32."""
+    global_scale: tuple[str, ...] = ()
+    """Suffixes of global scales: one F32, or one for each matrix of a stack. A weight has at most one of them."""
     divides: bool = False
     """Whether the global scale divides the other scales. Otherwise it multiplies them."""
     dropped: tuple[str, ...] = ()
@@ -119,11 +120,12 @@ def part_name(weight: str, suffix: str) -> str | None:
     """Return the name of a part of a weight; None if a weight of that name cannot have the part.
 
     A suffix is appended to the name of the weight. If it starts with a dot, it replaces the last component, "weight".
+    If it starts with "_weight", the last component is another one, such as that of "experts.down_proj".
     """
-    if not suffix.startswith("."):
-        return weight + suffix
     module, _, leaf = weight.rpartition(".")
-    return module + suffix if leaf == "weight" else None
+    if suffix.startswith("."):
+        return module + suffix if leaf == "weight" else None
+    return None if leaf == "weight" and suffix.startswith("_weight") else weight + suffix
 
 
 def weight_name(part: str, suffix: str) -> str:
