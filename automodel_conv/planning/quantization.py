@@ -24,7 +24,16 @@ from automodel_conv.planning.arrangement import PLAIN, Arrangement
 from automodel_conv.planning.code_names import NARROW
 from automodel_conv.planning.copies import ZEROS_IN_I32, Decode, SourceTable, Target
 from automodel_conv.planning.lowering import copies_of
-from automodel_conv.planning.methods.method import TENSOR, Block, Method, Packing, Scheme, part_name, weight_name
+from automodel_conv.planning.methods.method import (
+    FLOAT_SCALES,
+    TENSOR,
+    Block,
+    Method,
+    Packing,
+    Scheme,
+    part_name,
+    weight_name,
+)
 from automodel_conv.planning.methods.table import METHODS
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.schemes import KEEP, kv_cache_rows, read_config
@@ -146,7 +155,10 @@ class _CodeMatcher:
     def _match(self, row: int, weight: str, packing: Packing) -> bool:
         """Match a tensor as the codes of ``weight``, or return False if it cannot be codes."""
         name, dtype = self._table.names[row], self._table.dtypes[row]
+        whole = self._method.whole_name(weight)
         scales = self._part_rows(weight, self._method.scales)
+        if not scales and whole is not None:
+            scales = self._part_rows(whole, self._method.scales)
         if not scales:
             if weight.endswith(self._method.scales):  # scales may be FP8 themselves
                 return False
@@ -243,6 +255,8 @@ class _CodeMatcher:
         allowed = [scheme for scheme in self._schemes if scheme.format == format]
         if not allowed:
             return self._report(row, f"{names[row]} has {format} codes, which the config does not describe")
+        if self._method.whole_name(weight) is not None:
+            allowed.append(Scheme(format, TENSOR, FLOAT_SCALES))
         typed = [scheme for scheme in allowed if dtypes[scales] in scheme.scales]
         if not typed:
             wanted = ", ".join(sorted({dtype for scheme in allowed for dtype in scheme.scales}))
