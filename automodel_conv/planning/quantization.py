@@ -26,6 +26,7 @@ from automodel_conv.planning.copies import ZEROS_IN_I32, Decode, SourceTable, Ta
 from automodel_conv.planning.lowering import copies_of
 from automodel_conv.planning.methods.method import (
     ANY_MODULE,
+    FLOAT_SCALES,
     TENSOR,
     Block,
     Method,
@@ -188,7 +189,10 @@ class _CodeMatcher:
     def _match(self, row: int, weight: str, packing: Packing) -> bool:
         """Match a tensor as the codes of ``weight``, or return False if it cannot be codes."""
         name, dtype = self._table.names[row], self._table.dtypes[row]
+        whole = self._method.whole_name(weight)
         scales = self._part_rows(weight, self._method.scales)
+        if not scales and whole is not None:
+            scales = self._part_rows(whole, self._method.scales)
         if not scales:
             if weight.endswith(self._method.scales):  # scales may be FP8 themselves
                 return False
@@ -290,6 +294,8 @@ class _CodeMatcher:
             return self._report(row, f"{{}} has {format} codes; the config states {others} for its module", names[row])
         if not allowed:
             return self._report(row, f"{{}} has {format} codes, which the config does not describe", names[row])
+        if self._method.whole_name(weight) is not None:
+            allowed.append(Scheme(format, TENSOR, FLOAT_SCALES))
         typed = [scheme for scheme in allowed if dtypes[scales] in scheme.scales]
         if not typed:
             wanted = ", ".join(sorted({dtype for scheme in allowed for dtype in scheme.scales}))

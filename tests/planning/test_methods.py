@@ -135,3 +135,17 @@ def test_block_has_two_positive_sizes(sizes):
     with pytest.raises((ValueError, TypeError)):
         block_of(sizes)
     assert block_of([1, 32]) == (1, 32)
+
+
+@pytest.mark.parametrize(
+    ("weight", "whole"),
+    [
+        ("model.ngram_embedding.shard_12.weight", "model.ngram_embedding.weight"),
+        ("ngram_embedding.weight", "ngram_embedding.weight"),
+        ("model.my_ngram_embedding.shard_1.weight", None),
+        ("model.embedding.shard_1.weight", None),
+    ],
+)
+def test_shards_of_an_ngram_embedding_are_parts_of_one_weight(weight, whole):
+    assert METHODS["fp8"].whole_name(weight) == whole
+    assert METHODS["mxfp4"].whole_name(weight) is None
