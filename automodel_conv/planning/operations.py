@@ -1,7 +1,7 @@
 """The operations of transformers that can be lowered: one entry of ``OPERATIONS`` each.
 
 An operation is plain data: a name and its options. Its function states in a line or two what the operation does to
-symbolic tensors (``Value``), which record the source of each of their elements. Semantics: transformers 5.23.0,
+symbolic tensors (``Value``), which record the source of each of their elements. Semantics: transformers 5.24.0,
 ``core_model_loading.py``, the ``convert`` method of the class with the same name.
 """
 
