@@ -10,6 +10,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from automodel_conv.errors import ConversionError
 from automodel_conv.planning.layouts import LAYOUTS, PER_EXPERT
+from automodel_conv.recipes import RECIPES
 
 # Arguments as errors write them in braces (see ``errors.py``), and the options of the command line for them.
 IN_OPTIONS = {
@@ -29,6 +30,7 @@ IN_OPTIONS = {
     "strict=False": "--no-strict",
     "threads=": "--threads",
     **{f'source_layout="{name}"': f"--source-layout {name}" for name in (*LAYOUTS, PER_EXPERT)},
+    **{f"rules=automodel_conv.recipes.{recipe.__name__}()": f"--recipe {name}" for name, recipe in RECIPES.items()},
 }
 IN_COMMANDS = {
     "compile_plan(...)": "automodel-conv plan",

@@ -179,7 +179,7 @@ WITH_ZERO_POINTS = compressed(num_bits=4, type="int", strategy="group", group_si
         (
             NVFP4,
             {"a__weight_packed": ("U8", (8, 32)), "a__weight_scale": ("F8_E4M3", (8, 4))},
-            "no scale of the whole tensor: no tensor is named a.weight_global_scale",
+            "no global scale: no tensor is named a.weight_global_scale",
         ),
         (
             NVFP4,
@@ -222,7 +222,7 @@ WITH_ZERO_POINTS = compressed(num_bits=4, type="int", strategy="group", group_si
         (
             compressed("float-quantized", num_bits=8, type="float", strategy="tensor"),
             CODES | {"a__weight_scale": ("F32", (1,)), "a__weight_global_scale": ("F32", (1,))},
-            "a.weight_global_scale: the config has no scale of the whole tensor",
+            "a.weight_global_scale: the config has no global scale",
         ),
         (
             FP8,
@@ -281,7 +281,18 @@ def test_all_problems_are_reported_at_once():
     tensors = {f"a{n}__weight": ("F8_E4M3", (256, 256)) for n in range(7)}
     with pytest.raises(QuantizationError, match="7 problems") as caught:
         quantized_table(table(**tensors), FP8)
-    assert all(f"a{n}.weight has no scale" in str(caught.value) for n in range(7))
+    assert "a0.weight has no scale" in str(caught.value)
+    assert "; likewise a1.weight, a2.weight and 4 more\n" in str(caught.value)
+
+
+def test_thousands_of_equal_problems_do_not_hide_another():
+    tensors = {f"a{n}__weight": ("F8_E4M3", (256, 256)) for n in range(3000)}
+    tensors["z__weight"], tensors["z__weight_scale_inv"] = ("F8_E4M3", (256, 256)), ("F32", (2, 3))
+    with pytest.raises(QuantizationError, match="3001 problems") as caught:
+        quantized_table(table(**tensors), FP8)
+    assert "a2.weight and 2997 more\n" in str(caught.value)
+    assert "z.weight_scale_inv of z.weight [256, 256]: expected [2, 2], found [2, 3]" in str(caught.value)
+    assert len(str(caught.value)) < 1000
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,17 @@ Each method has a file in this folder and an entry in ``table.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import translate
 from typing import Any, NamedTuple
 
 from automodel_conv.dtypes import BITS
 from automodel_conv.planning.arrangement import PLAIN, Arrangement
 from automodel_conv.planning.copies import CODE_BITS
+
+_WILDCARDS = frozenset("*?[")
 
 
 class Packing(NamedTuple):
@@ -59,6 +63,34 @@ Block = tuple[int | None, int | None]
 """Number of rows and of columns that share a scale; None means all of them."""
 
 
+class Modules(NamedTuple):
+    """The modules that a scheme is stated for; see ``modules_of``."""
+
+    names: frozenset[str] = frozenset()
+    patterns: tuple[re.Pattern[str], ...] = ()
+    """Patterns that whole names match."""
+
+
+ANY_MODULE = Modules()
+"""The modules of a scheme that is stated for no module in particular."""
+
+
+def modules_of(names: Iterable[Any]) -> Modules:
+    """Return the modules that names in a config stand for.
+
+    A name with ``*``, ``?`` or ``[`` is a pattern.
+
+    Raises:
+        TypeError: a name is not a text.
+    """
+    names = list(names)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"{name!r} is not the name of a module")
+    patterns = [name for name in names if not _WILDCARDS.isdisjoint(name)]
+    return Modules(frozenset(names).difference(patterns), tuple(re.compile(translate(name)) for name in patterns))
+
+
 class Scheme(NamedTuple):
     """One way in which a config allows a weight to be stored."""
 
@@ -70,7 +102,10 @@ class Scheme(NamedTuple):
     zero_points: bool = False
     """Whether the weight has zero points."""
     global_scale: bool = False
-    """Whether the weight has a scale of the whole tensor."""
+    """Whether the weight has a global scale."""
+    modules: Modules = ANY_MODULE
+    """Modules that the config states the scheme for. It decides between schemes that fit the parts of a weight, and a
+    weight of these modules must fit one of their schemes. Any other weight may have the scheme too."""
 
 
 @dataclass(frozen=True, kw_only=True)
