@@ -327,11 +327,11 @@ class _CodeMatcher:
         scheme = fitting[0]
         rows, columns = _within(scheme.block, shape)
         if packing.shape_suffix and scheme.block[1] is not None and shape[-1] % scheme.block[1]:
-            true_shape = part_name(weight, packing.shape_suffix)
+            true_shape = part_name(weight, packing.shape_suffix) or packing.shape_suffix
             if true_shape not in self._rows:
-                held = f"{shape[-1]} columns, not whole groups of {scheme.block[1]}"
-                kind = f"{{}} holds {held}, and no {{}} tells how many are padding"
-                return self._report(row, kind, names[row], true_shape or packing.shape_suffix)
+                groups = f"{shape[-1]} columns, not whole groups of {scheme.block[1]}"
+                kind = f"{{}} holds {groups}, and no {{}} tells how many are padding"
+                return self._report(row, kind, names[row], true_shape)
         if zero_points is not None:
             wanted = ceil(ceil(shape[-2] / rows) / ZEROS_IN_I32), ceil(shape[-1] / columns)
             if len(shape) > 2 or (dtypes[zero_points], shapes[zero_points]) != ("I32", wanted):
