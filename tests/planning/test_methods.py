@@ -3,7 +3,7 @@
 import pytest
 
 from automodel_conv.kernels.code_tables import CODE_VALUES, bits_of
-from automodel_conv.planning.copies import CODE_BITS
+from automodel_conv.planning.copies import CODE_BITS, ZeroPacking
 from automodel_conv.planning.methods.method import (
     CHANNEL,
     EXPONENT_SCALES,
@@ -72,6 +72,7 @@ def compressed(stored, **weights):
     return {"format": stored, "config_groups": {"0": {"weights": weights}}}
 
 
+GPTQ_V1 = ZeroPacking(by_columns=True, added=0x11111111)
 INT4 = {"num_bits": 4, "type": "int"}
 FLOAT8 = {"num_bits": 8, "type": "float"}
 
@@ -106,6 +107,23 @@ FLOAT8 = {"num_bits": 8, "type": "float"}
             compressed("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group", group_size=16),
             Scheme("e2m1", (1, 16), FP8_SCALES, global_scale=True),
         ),
+        ("gptq", {"bits": 4, "group_size": 128}, Scheme("int4", (16, 8), FLOAT_SCALES, True, zero_packing=GPTQ_V1)),
+        ("gptq", {"bits": 4, "group_size": -1}, Scheme("int4", (None, 8), FLOAT_SCALES, True, zero_packing=GPTQ_V1)),
+        (
+            "gptq",
+            {"bits": 4, "group_size": 8, "checkpoint_format": "gptq_v2"},
+            Scheme("int4", (1, 8), FLOAT_SCALES, True, zero_packing=ZeroPacking(by_columns=True)),
+        ),
+        (
+            "awq",
+            {"w_bit": 4, "q_group_size": 64, "version": "GEMM"},
+            Scheme("int4", (64, 1), FLOAT_SCALES, True, zero_packing=ZeroPacking(by_columns=True)),
+        ),
+        (
+            "awq",
+            {"bits": 4, "group_size": -1, "zero_point": False},
+            Scheme("int4", (None, 1), FLOAT_SCALES, zero_packing=ZeroPacking(by_columns=True)),
+        ),
     ],
     ids=lambda value: value.format if isinstance(value, Scheme) else str(value),  # sets have no order
 )
@@ -128,6 +146,20 @@ def test_config_for_only_the_kv_cache_states_no_scheme():
         ("compressed-tensors", compressed("float-quantized", **FLOAT8, strategy="token"), "strategy 'token'"),
         ("compressed-tensors", {"sparsity_config": {"format": "sparse-24"}}, "sparse-24"),
         ("compressed-tensors", {"transform_config": {"config_groups": {"R1": {}}}}, "transforms"),
+        ("gptq", {"bits": 8}, "gptq with 8-bit codes"),
+        ("gptq", {"bits": 3}, "gptq with 3-bit codes"),
+        ("gptq", {"bits": 4, "group_size": 12}, "groups of 12"),
+        ("gptq", {"bits": 4, "group_size": 32, "desc_act": True}, "desc_act"),
+        ("gptq", {"bits": 4, "checkpoint_format": "marlin"}, "format marlin"),
+        ("gptq", {"bits": 4, "is_marlin_format": True}, "format marlin"),
+        ("gptq", {"bits": 4, "pack_dtype": "int64"}, "int64"),
+        ("gptq", {"bits": 4, "dynamic": {"+:.*down.*": {"bits": 8}}}, "gptq with 8-bit codes"),
+        ("gptq", {"bits": 4, "group_size": -1, "desc_act": True, "dynamic": {"a": {"group_size": 32}}}, "desc_act"),
+        ("awq", {"bits": 8}, "awq with 8-bit codes"),
+        ("awq", {"bits": 4, "version": "gemv"}, "format gemv of awq"),
+        ("awq", {"bits": 4, "version": "exllama"}, "format exllama of awq"),
+        ("awq", {"bits": 4, "checkpoint_format": "marlin"}, "format marlin of awq"),
+        ("awq", {"bits": 4, "backend": "llm-awq"}, "format llm-awq of awq"),
     ],
     ids=str,
 )
@@ -136,11 +168,40 @@ def test_scheme_that_is_not_decoded_is_named(method, config, named):
         METHODS[method].schemes(config)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [{"group_size": -1, "desc_act": True}, {"desc_act": True, "static_groups": True}, {"dynamic": {"-:lm_head": {}}}],
+    ids=str,
+)
+def test_groups_of_gptq_that_are_in_order_are_decoded(config):
+    [scheme] = METHODS["gptq"].schemes({"bits": 4, "group_size": 128} | config)
+    assert scheme.format == "int4"
+
+
+def test_modules_of_gptq_may_have_other_groups():
+    config = {"bits": 4, "group_size": 128, "dynamic": {"+:.*down.*": {"group_size": 32}, "-:.*gate$": {}}}
+    assert [scheme.block for scheme in METHODS["gptq"].schemes(config)] == [(16, 8), (4, 8)]
+
+
 @pytest.mark.parametrize("sizes", [(1,), (1, 2, 3), (0, 32), (1, -1), (1, 1 << 31), (1.0, 32), ("1", 32), (True, 32)])
 def test_block_has_two_positive_sizes(sizes):
     with pytest.raises((ValueError, TypeError)):
         block_of(sizes)
     assert block_of([1, 32]) == (1, 32)
+
+
+@pytest.mark.parametrize(
+    ("weight", "whole"),
+    [
+        ("model.ngram_embedding.shard_12.weight", "model.ngram_embedding.weight"),
+        ("ngram_embedding.weight", "ngram_embedding.weight"),
+        ("model.my_ngram_embedding.shard_1.weight", None),
+        ("model.embedding.shard_1.weight", None),
+    ],
+)
+def test_shards_of_an_ngram_embedding_are_parts_of_one_weight(weight, whole):
+    assert METHODS["fp8"].whole_name(weight) == whole
+    assert METHODS["mxfp4"].whole_name(weight) is None
 
 
 def quark(weight, **layers):

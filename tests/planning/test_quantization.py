@@ -351,3 +351,37 @@ def test_schemes_that_are_not_decoded_are_named(config, named):
 def test_malformed_config_is_one_error(config):
     with pytest.raises(QuantizationError, match="malformed"):
         quantized_table(table(**CODES), config)
+
+
+def test_shards_without_scales_share_that_of_the_weight():
+    names = ["ngram_embedding.shard_0.weight", "ngram_embedding.shard_1.weight", "ngram_embedding.weight_scale"]
+    config = {"quant_method": "fp8", "weight_block_size": [2, 2]}
+    for shape in ((), (1,), (1, 1)):
+        table = SourceTable(names, ["F8_E4M3", "F8_E4M3", "BF16"], [(4, 6), (5, 6), shape])
+        decoded = quantized_table(table, config)
+        assert decoded.decodes == {
+            0: Decode("e4m3", (4, 6), (4, 6), 2),
+            1: Decode("e4m3", (5, 6), (5, 6), 2),
+        }
+        assert decoded.hidden == {2}
+        assert decoded.dtypes[:2] == ["BF16", "BF16"]
+
+
+def test_shards_may_have_scales_of_their_own():
+    names = ["ngram_embedding.shard_0.weight", "ngram_embedding.shard_0.weight_scale"]
+    config = {"quant_method": "fp8", "weight_block_size": [1, 6]}
+    decoded = quantized_table(SourceTable(names, ["F8_E4M3", "F32"], [(4, 6), (4, 1)]), config)
+    assert decoded.decodes == {0: Decode("e4m3", (4, 6), (1, 6), 1)}
+    with_both = SourceTable([*names, "ngram_embedding.weight_scale"], ["F8_E4M3", "F32", "F32"], [(4, 6), (4, 1), ()])
+    with pytest.raises(QuantizationError, match=r"ngram_embedding\.weight_scale is a scale without codes"):
+        quantized_table(with_both, config)
+
+
+@pytest.mark.parametrize(
+    "name", ["embedding.shard_0.weight", "x.ngram_embedding.part_0.weight", "ngram_embedding.bias"]
+)
+def test_other_weights_share_no_scale(name):
+    whole = name.split(".shard")[0].split(".part")[0]
+    table = SourceTable([name, f"{whole}.weight_scale"], ["F8_E4M3", "F32"], [(4, 6), ()])
+    with pytest.raises(QuantizationError, match="has no scale"):
+        quantized_table(table, {"quant_method": "fp8", "weight_block_size": [2, 2]})
