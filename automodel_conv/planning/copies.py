@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from automodel_conv.dtypes import nbytes
 from automodel_conv.files.checkpoint import Checkpoint
-from automodel_conv.planning.boxes import Box, Piece, run_of
+from automodel_conv.planning.arrangement import PLAIN, Arrangement
+from automodel_conv.planning.boxes import SPAN, Box, Piece, run_of
 
 
 class StridedCopy(NamedTuple):
@@ -33,14 +34,6 @@ class StridedCopy(NamedTuple):
             Piece(ordinal, self.box, source, target)
             for ordinal, source, target in zip(self.ordinals, self.source_offsets, self.target_offsets, strict=True)
         ]
-
-
-SPAN = 1 << 64
-"""Distance in elements between the first elements of consecutive sources in the address space that they share.
-
-Every source is shorter. In this address space a walk over sources is a dimension like any other, so that one piece can
-read thousands of sources.
-"""
 
 
 def over_sources(copy: StridedCopy) -> list[Piece]:
@@ -166,11 +159,19 @@ class Target(NamedTuple):
     copies: tuple[StridedCopy, ...]
     fallback: Fallback | None = None
     """Code of transformers that fills the target instead of copies."""
+    zero_rows: int = 0
+    """Number of the last rows (indices of the first dimension) that no copy fills, because they are zero."""
 
     @property
     def is_whole(self) -> bool:
         """Whether one copy moves everything in one run, so that a target of its source's size equals the source."""
-        return len(self.copies) <= 1 and all(c.box.is_run and len(c.ordinals) == 1 for c in self.copies)
+        is_run = len(self.copies) <= 1 and all(c.box.is_run and len(c.ordinals) == 1 for c in self.copies)
+        return is_run and not self.zero_rows
+
+    @property
+    def copied_numel(self) -> int:
+        """Number of elements that copies fill: all except those in rows of zeros, which come last."""
+        return prod(self.shape) - self.zero_rows * prod(self.shape[1:])
 
     @property
     def nbytes(self) -> int:
@@ -202,11 +203,11 @@ class Decode(NamedTuple):
     zero_points: int | None = None
     """Row of the zero points, if there are any."""
     global_scale: int | None = None
-    """Row of the scale of the whole tensor, if there is one."""
+    """Row of the global scale, if there is one: one F32, or one for each matrix of a stack."""
     divides: bool = False
     """Whether the scale is divided by the global scale instead of multiplied."""
-    stored_transposed: bool = False
-    """Whether the last two dimensions are stored in the opposite order."""
+    arrangement: Arrangement = PLAIN
+    """How the matrix is viewed as the weight."""
     like_upstream: bool = False
     """Whether values are rounded as transformers rounds them instead of once."""
 
@@ -218,7 +219,7 @@ class Decode(NamedTuple):
     @property
     def kind(self) -> tuple[object, ...]:
         """All fields except the rows; sources of equal kinds are decoded the same way."""
-        return self.format, self.matrix, self.block, self.divides, self.stored_transposed, self.like_upstream
+        return self.format, self.matrix, self.block, self.divides, self.arrangement, self.like_upstream
 
     @property
     def parts(self) -> tuple[int, ...]:

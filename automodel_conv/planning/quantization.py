@@ -6,8 +6,8 @@ their codes, so that the rest of planning needs no notion of quantization until 
 
 An element is ``value(code) * scale``. ``e4m3`` and ``e5m2`` are FP8 and ``e2m1`` is FP4. ``int4`` is an integer stored
 with 8 added, less the zero point if it has one. Scales are floats, or powers of two stored as one-byte exponents
-(``F8_E8M0``, and ``U8`` in MX formats), or FP8 values that a scale of the whole tensor multiplies or divides (NVFP4).
-Sources: OCP Microscaling Formats 1.0; transformers 5.23.0, ``integrations/finegrained_fp8.py`` and ``mxfp4.py``;
+(``F8_E8M0``, and ``U8`` in MX formats), or FP8 values that a global scale multiplies or divides (NVFP4).
+Sources: OCP Microscaling Formats 1.0; transformers 5.24.0, ``integrations/finegrained_fp8.py`` and ``mxfp4.py``;
 compressed-tensors 0.20.0, ``compressors/*/base.py``.
 """
 
@@ -16,18 +16,31 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import ceil, prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from automodel_conv.dtypes import FLOATING
 from automodel_conv.errors import QuantizationError, listing, message
+from automodel_conv.planning.arrangement import PLAIN, Arrangement
 from automodel_conv.planning.code_names import NARROW
 from automodel_conv.planning.copies import ZEROS_IN_I32, Decode, SourceTable, Target
 from automodel_conv.planning.lowering import copies_of
-from automodel_conv.planning.methods.method import Block, Method, Packing, Scheme, part_name, weight_name
+from automodel_conv.planning.methods.method import (
+    ANY_MODULE,
+    FLOAT_SCALES,
+    TENSOR,
+    Block,
+    Method,
+    Packing,
+    Scheme,
+    part_name,
+    weight_name,
+)
 from automodel_conv.planning.methods.table import METHODS
 from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.planning.problem_kinds import ProblemKinds
 from automodel_conv.planning.schemes import KEEP, kv_cache_rows, read_config
-from automodel_conv.planning.values import leaf, transpose
+from automodel_conv.planning.stated_schemes import StatedSchemes
+from automodel_conv.planning.values import leaf
 
 
 def quantized_table(
@@ -51,23 +64,36 @@ def quantized_table(
     matcher = _CodeMatcher(table, method, schemes, like_upstream)
     matcher.match_all()
     if schemes and not matcher.problems and not matcher.decodes:
-        matcher.problems.append("no tensor has codes and a scale, though the config says that weights are quantized")
+        matcher.problems.add("no tensor has codes and a scale, though the config says that weights are quantized")
     if matcher.problems:
+        number = len(matcher.problems)
         raise QuantizationError(
             message(
                 "the checkpoint's quantized tensors cannot be decoded",
-                where=f"{where or 'config.json'}, quantization method {method.name}, {len(matcher.problems)} problems",
-                found="\n" + listing(matcher.problems),
+                where=f"{where or 'config.json'}, quantization method {method.name}, {number} problems",
+                found="\n" + listing(matcher.problems.texts()),
                 do=["check that the config belongs to these files", KEEP],
             )
         )
     return matcher.decoded()
 
 
-def padding_suspects(stored: SourceTable, decoded: SourceTable, config: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
-    """Yield codes that may end in padding: ``(row, name of the tensor that holds the weight's true shape)``.
+class PaddingSuspect(NamedTuple):
+    """Codes whose rows may end in padding."""
 
-    Rows of codes may end in padding if one scale covers the whole row.
+    row: int
+    """Row of the codes."""
+    shape_name: str
+    """Name of the tensor that holds the true shape of the weight."""
+    codes_per_element: int
+    """Number of codes in an element. Fewer of them are padding."""
+
+
+def padding_suspects(stored: SourceTable, decoded: SourceTable, config: Mapping[str, Any]) -> Iterator[PaddingSuspect]:
+    """Yield codes whose rows may end in padding.
+
+    Rows of whole groups do not: compressed-tensors refuses to quantize others (compressed-tensors 0.20.1,
+    ``quantization/lifecycle/forward_helpers.py``).
 
     Args:
         stored: the checkpoint's tensors as stored.
@@ -76,27 +102,43 @@ def padding_suspects(stored: SourceTable, decoded: SourceTable, config: Mapping[
     """
     packings = [packing for packing in METHODS[config["quant_method"]].codes if packing.shape_suffix]
     for row, decode in decoded.decodes.items() if packings else ():
-        if decode.block[1] < decode.matrix[1]:
+        columns, group = decode.matrix[1], decode.block[1]
+        if group < columns and columns % group == 0:
             continue
         for packing in packings:
             if stored.dtypes[row] == packing.dtype and stored.names[row].endswith(packing.suffix):
                 shape_name = part_name(decoded.names[row], packing.shape_suffix)
                 if shape_name is not None:
-                    yield row, shape_name
+                    yield PaddingSuspect(row, shape_name, packing.codes_per_element)
 
 
-def untransposed_plan(table: SourceTable) -> CopyPlan:
-    """Return the plan that copies each source unchanged, except that it transposes those stored transposed."""
-    stored_transposed = {row for row, decode in table.decodes.items() if decode.stored_transposed}
-    copies_by_shape: dict[tuple[tuple[int, ...], bool], Any] = {}
+def without_padding(decoded: SourceTable, widths: Mapping[int, int]) -> SourceTable:
+    """Return a table whose weights have only the columns that are not padding.
+
+    Args:
+        decoded: the table.
+        widths: true number of columns, by row.
+    """
+    if not widths:
+        return decoded
+    decodes = {
+        row: decode._replace(arrangement=decode.arrangement._replace(width=widths[row])) if row in widths else decode
+        for row, decode in decoded.decodes.items()
+    }
+    return replace(decoded, decodes=decodes)
+
+
+def arranged_plan(table: SourceTable) -> CopyPlan:
+    """Return the plan that views each quantized source as its weight, and copies all other sources unchanged."""
+    copies_by_shape: dict[tuple[tuple[int, ...], Arrangement], Any] = {}
     targets = []
     for row, (name, dtype, shape) in enumerate(zip(table.names, table.dtypes, table.shapes, strict=True)):
         if row in table.hidden:
             continue
-        key = shape, row in stored_transposed
+        decode = table.decodes.get(row)
+        key = shape, PLAIN if decode is None else decode.arrangement
         if key not in copies_by_shape:
-            value = leaf(0, shape)
-            value = transpose(value, -2, -1) if row in stored_transposed else value
+            value = leaf(0, shape) if key[1] == PLAIN else key[1].view(leaf(0, shape))
             copies_by_shape[key] = value.shape, copies_of(value)
         target_shape, copies = copies_by_shape[key]
         targets.append(Target(name, dtype, target_shape, -1, (row,), copies))
@@ -113,12 +155,13 @@ class _CodeMatcher:
         self._rows = {name: row for row, name in enumerate(table.names)}
         self._method = method
         self._schemes = schemes
+        self._stated = StatedSchemes(schemes)
         self._like_upstream = like_upstream
         self._weights: dict[int, tuple[str, str, tuple[int, ...]]] = {}  # by row: name, dtype and shape of the weight
         self._reported: set[int] = set()  # rows that have a problem
         self._hidden = set(kv_cache_rows(table.names))
         self.decodes: dict[int, Decode] = {}
-        self.problems: list[str] = []
+        self.problems = ProblemKinds()
 
     def match_all(self) -> None:
         """Match every tensor, and fill ``decodes`` and ``problems``."""
@@ -132,7 +175,7 @@ class _CodeMatcher:
         self._report_unpaired_scales()
         for row, (name, dtype) in enumerate(zip(self._table.names, self._table.dtypes, strict=True)):
             if dtype.startswith(NARROW) and not (row in self._weights or row in self._hidden or row in self._reported):
-                self.problems.append(f"{name} is {dtype}, and nothing describes how to decode it")
+                self.problems.add(f"{{}} is {dtype}, and nothing describes how to decode it", name)
 
     def decoded(self) -> SourceTable:
         """Return the table with each row of codes described as its decoded weight."""
@@ -146,33 +189,39 @@ class _CodeMatcher:
     def _match(self, row: int, weight: str, packing: Packing) -> bool:
         """Match a tensor as the codes of ``weight``, or return False if it cannot be codes."""
         name, dtype = self._table.names[row], self._table.dtypes[row]
+        whole = self._method.whole_name(weight)
         scales = self._part_rows(weight, self._method.scales)
+        if not scales and whole is not None:
+            scales = self._part_rows(whole, self._method.scales)
         if not scales:
             if weight.endswith(self._method.scales):  # scales may be FP8 themselves
                 return False
             if packing.suffix or dtype.startswith(NARROW) or weight.endswith("weight"):
                 wanted = " or ".join(filter(None, (part_name(weight, scale) for scale in self._method.scales)))
-                self._report(row, f"{name} has no scale: no tensor is named {wanted}")
+                self._report(row, "{} has no scale: no tensor is named {}", name, wanted)
                 return True
             return False
         zero_points = self._part_row(weight, self._method.zero_points)
-        global_scale = self._part_row(weight, self._method.global_scale)
-        others = [part for part in (zero_points, global_scale) if part is not None]
-        self._hidden.update(scales, others, self._part_rows(weight, self._method.dropped))
+        global_scales = self._part_rows(weight, self._method.global_scale)
+        global_scale = global_scales[0] if global_scales else None
+        others = [] if zero_points is None else [zero_points]
+        self._hidden.update(scales, global_scales, others, self._part_rows(weight, self._method.dropped))
         refused = self._part_rows(weight, self._method.refused) if self._method.refused else []
-        if len(scales) > 1:
-            self._report(row, f"{name} has {len(scales)} scales: {', '.join(self._table.names[s] for s in scales)}")
+        several = next((parts for parts in (scales, global_scales) if len(parts) > 1), None)
+        if several is not None:
+            listed = ", ".join(self._table.names[part] for part in several)
+            self._report(row, f"{{}} has {len(several)} scales: {{}}", name, listed)
         elif refused:
             part = self._table.names[refused[0]]
             why = next(why for suffix, why in self._method.refused.items() if part_name(weight, suffix) == part)
-            self._report(row, f"{weight} {why}: {part}")
+            self._report(row, f"{{}} {why}: {{}}", weight, part)
         elif packing.suffix and weight in self._rows:
-            self._report(row, f"{weight} is stored in addition to its codes, {name}")
+            self._report(row, "{} is stored in addition to its codes, {}", weight, name)
         else:
             shape = packing.unpacked(self._table.shapes[row])
             if shape is None:
                 stored_shape = list(self._table.shapes[row])
-                self._report(row, f"{name} has the shape {stored_shape}, not {packing.form}")
+                self._report(row, f"{{}} has the shape {stored_shape}, not {packing.form}", name)
                 return True
             scheme = self._scheme(row, weight, packing, shape, scales[0], zero_points, global_scale)
             if scheme is not None:
@@ -187,7 +236,7 @@ class _CodeMatcher:
                     zero_points,
                     global_scale,
                     self._method.divides,
-                    packing.stored_transposed,
+                    packing.arrangement,
                     self._like_upstream,
                 )
         return True
@@ -195,6 +244,7 @@ class _CodeMatcher:
     def _report_unpaired_scales(self) -> None:
         """Report scales without codes: their writer meant something other than what a load would produce."""
         suffixes = tuple(suffix for suffix in self._method.scales if suffix.startswith("_"))
+        suffixes = tuple(sorted(suffixes, key=len, reverse=True))
         code_suffixes = {packing.suffix for packing in self._method.codes}
         for name, row in self._rows.items():
             if row in self._hidden or not name.endswith(suffixes):
@@ -206,15 +256,15 @@ class _CodeMatcher:
                 continue
             if candidates:
                 names, dtypes = self._table.names, self._table.dtypes
-                others = " and ".join(f"{names[other]}, which is {dtypes[other]}" for other in candidates)
-                self._report(row, f"{name} is the scale of {others}, not codes")
+                others = " and ".join(f"{{}}, which is {dtypes[other]}" for other in candidates)
+                self._report(row, f"{{}} is the scale of {others}, not codes", name, *(names[n] for n in candidates))
             elif suffix != "_scale" or weight.endswith("weight"):  # other tensors end in "_scale" too
                 wanted = " or ".join(sorted(filter(None, (part_name(weight, suffix) for suffix in code_suffixes))))
-                self._report(row, f"{name} is a scale without codes: no tensor is named {wanted or weight}")
+                self._report(row, "{} is a scale without codes: no tensor is named {}", name, wanted or weight)
 
-    def _report(self, row: int, problem: str) -> None:
+    def _report(self, row: int, kind: str, *names: str) -> None:
         self._reported.add(row)
-        self.problems.append(problem)
+        self.problems.add(kind, *names)
 
     def _part_row(self, weight: str, suffix: str) -> int | None:
         name = part_name(weight, suffix) if suffix else None
@@ -237,45 +287,63 @@ class _CodeMatcher:
         """Return the scheme of the config that fits the parts of a weight, or report why none does and return None."""
         names, dtypes, shapes = self._table.names, self._table.dtypes, self._table.shapes
         format = packing.format
-        allowed = [scheme for scheme in self._schemes if scheme.format == format]
+        stated = self._stated.of(weight)
+        allowed = [scheme for scheme in stated or self._schemes if scheme.format == format]
+        if not allowed and stated:
+            others = " or ".join(sorted({scheme.format for scheme in stated}))
+            return self._report(row, f"{{}} has {format} codes; the config states {others} for its module", names[row])
         if not allowed:
-            return self._report(row, f"{names[row]} has {format} codes, which the config does not describe")
+            return self._report(row, f"{{}} has {format} codes, which the config does not describe", names[row])
+        if self._method.whole_name(weight) is not None:
+            allowed.append(Scheme(format, TENSOR, FLOAT_SCALES))
         typed = [scheme for scheme in allowed if dtypes[scales] in scheme.scales]
         if not typed:
             wanted = ", ".join(sorted({dtype for scheme in allowed for dtype in scheme.scales}))
-            return self._report(
-                row, f"{names[scales]} is {dtypes[scales]}; these {format} codes have scales of {wanted}"
-            )
+            kind = f"{{}} is {dtypes[scales]}; these {format} codes have scales of {wanted}"
+            return self._report(row, kind, names[scales])
         fitting = [scheme for scheme in typed if shapes[scales] in _scale_shapes(shape, scheme.block)]
         if not fitting:
             wanted = " or ".join(dict.fromkeys(str(list(_scale_shapes(shape, scheme.block)[0])) for scheme in typed))
             difference = f"expected {wanted}, found {list(shapes[scales])}"
-            return self._report(row, f"{names[scales]} of {weight} {list(shape)}: {difference}")
-        for part, suffix, flag, what in (
-            (zero_points, self._method.zero_points, "zero_points", "zero points"),
-            (global_scale, self._method.global_scale, "global_scale", "scale of the whole tensor"),
+            return self._report(row, f"{{}} of {{}} {list(shape)}: {difference}", names[scales], weight)
+        for part, suffixes, flag, what in (
+            (zero_points, (self._method.zero_points,), "zero_points", "zero points"),
+            (global_scale, self._method.global_scale, "global_scale", "global scale"),
         ):
             agreeing = [scheme for scheme in fitting if getattr(scheme, flag) == (part is not None)]
             if not agreeing:
-                missing = f"{weight} has no {what}: no tensor is named {part_name(weight, suffix) or suffix}"
-                return self._report(row, missing if part is None else f"{names[part]}: the config has no {what}")
+                wanted = " or ".join(filter(None, (part_name(weight, suffix) for suffix in suffixes)))
+                if part is not None:
+                    return self._report(row, f"{{}}: the config has no {what}", names[part])
+                absent = wanted or suffixes[0]
+                return self._report(row, f"{{}} has no {what}: no tensor is named {{}}", weight, absent)
             fitting = agreeing
+        if not stated:
+            fitting = [scheme for scheme in fitting if scheme.modules == ANY_MODULE] or fitting
         if len({_within(scheme.block, shape) for scheme in fitting}) > 1:
             blocks = " and ".join(str(list(scheme.block)) for scheme in fitting)
-            return self._report(row, f"{names[scales]} of {weight} {list(shape)} fits several blocks: {blocks}")
+            kind = f"{{}} of {{}} {list(shape)} fits several blocks: {blocks}"
+            return self._report(row, kind, names[scales], weight)
         scheme = fitting[0]
         rows, columns = _within(scheme.block, shape)
-        # Whole groups leave no padding.
         if packing.shape_suffix and scheme.block[1] is not None and shape[-1] % scheme.block[1]:
-            return self._report(row, f"{names[row]} holds {shape[-1]} columns, not whole groups of {scheme.block[1]}")
+            true_shape = part_name(weight, packing.shape_suffix) or packing.shape_suffix
+            if true_shape not in self._rows:
+                groups = f"{shape[-1]} columns, not whole groups of {scheme.block[1]}"
+                kind = f"{{}} holds {groups}, and no {{}} tells how many are padding"
+                return self._report(row, kind, names[row], true_shape)
         if zero_points is not None:
             wanted = ceil(ceil(shape[-2] / rows) / ZEROS_IN_I32), ceil(shape[-1] / columns)
             if len(shape) > 2 or (dtypes[zero_points], shapes[zero_points]) != ("I32", wanted):
                 difference = f"expected I32 {list(wanted)}, found {dtypes[zero_points]} {list(shapes[zero_points])}"
-                return self._report(row, f"{names[zero_points]}: {difference}")
-        if global_scale is not None and (dtypes[global_scale] != "F32" or prod(shapes[global_scale]) != 1):
-            stored = f"{dtypes[global_scale]} {list(shapes[global_scale])}"
-            return self._report(row, f"{names[global_scale]}: expected one F32, found {stored}")
+                return self._report(row, f"{{}}: {difference}", names[zero_points])
+        if global_scale is not None:
+            of_stack = _scale_shapes(shape, TENSOR)
+            fits = prod(shapes[global_scale]) == 1 or shapes[global_scale] in of_stack
+            if dtypes[global_scale] != "F32" or not fits:
+                wanted = " or ".join(["one F32", *(f"F32 {list(one_each)}" for one_each in of_stack[-1:] if one_each)])
+                stored = f"{dtypes[global_scale]} {list(shapes[global_scale])}"
+                return self._report(row, f"{{}}: expected {wanted}, found {stored}", names[global_scale])
         return scheme
 
 
@@ -295,4 +363,6 @@ def _scale_shapes(shape: Sequence[int], block: Block) -> list[tuple[int, ...]]:
         shapes.append([*lead, grid_rows])
     if block == (None, None):
         shapes.append(lead)
+    elif lead:  # AMD Quark's scales of a stack
+        shapes.append([prod(lead) * grid_rows, grid_columns])
     return [tuple(scale_shape) for scale_shape in shapes]

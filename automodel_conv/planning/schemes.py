@@ -21,11 +21,13 @@ KEEP = (
 )
 """Advice for tensors that cannot be decoded. A model of plain values has no names for scales."""
 
-# These names are under the attention module, its k_proj and v_proj, or the module that holds the cache.
-# Sources: vLLM 0.33.0, ``maybe_remap_kv_scale_name`` in ``model_executor/model_loader/weight_utils.py`` and
-# ``BaseKVCacheMethod``.
+# These names are under the attention module, its k_proj and v_proj, or the module that holds the cache. AMD Quark names
+# the scales after the output of the projections.
+# Sources: vLLM 0.33.0, ``maybe_remap_kv_scale_name`` in ``model_executor/model_loader/weight_utils.py``,
+# ``BaseKVCacheMethod``, and ``QuarkConfig.get_cache_scale_mapper``; amd-quark 0.13, ``torch/export/constants.py``.
 _KV_CACHE_NAME = re.compile(
-    r"(?:^|\.)(?:(?:q|k|v|kv|prob)_scale|[qkv]_zero_point|[kv]_cache\.scale|self_attn\.q\.scale)$"
+    r"(?:^|\.)(?:(?:q|k|v|kv|prob)_scale|[qkv]_zero_point|[kv]_cache\.scale|self_attn\.q\.scale"
+    r"|prob_output_scale|(?:q|k|v|kv|qkv)_proj\.output(?:_scale|_quantizer\.scale))$"
 )
 
 _KV_CACHE_SUFFIXES = ("_scale", "_zero_point", ".scale")  # a cheap test that rules out most names

@@ -14,14 +14,12 @@ from automodel_conv.dtypes import itemsize
 from automodel_conv.errors import ConversionError, message
 from automodel_conv.planning.copies import ZEROS_IN_I32
 from automodel_conv.schedule.code_rectangles import SourceRectangle, find_rectangles
-from automodel_conv.schedule.coded_source import CodedSource
+from automodel_conv.schedule.coded_source import GLOBAL_BYTES, CodedSource
 from automodel_conv.schedule.cutting import read_ranges, slabs
 from automodel_conv.schedule.jobs import ALIGN_BYTES, GAP_BYTES, Move, align_up
 
 BYTE_SCALES = 256
 """Number of different scales of one byte, so also of table rows for them."""
-GLOBAL_BYTES = 4
-"""Bytes of a global scale, F32."""
 ZERO_POINT_BYTES = 4
 """Bytes of an element of packed zero points, I32."""
 TABLE_ROW_BYTES = 4
@@ -44,7 +42,7 @@ class ScaleKind(NamedTuple):
     like_upstream: bool
     """Whether values are rounded as transformers rounds them, not once."""
     has_global: bool
-    """Whether each source has a global scale."""
+    """Whether there are global scales."""
     zero_points: tuple[int, int] | None
     """Number of packed rows of zero points, and index in the first of them (0 to 7) of the first row's zero point.
 
@@ -126,6 +124,8 @@ class CodeSlab(NamedTuple):
     """Rows of blocks that the slab reaches into: the first, and the one after the last."""
     scale_count: int
     """Number of scales in these rows of blocks."""
+    global_bytes: int
+    """Offset of the slab's global scale among those of the source."""
     kind: ScaleKind
     rectangles: tuple[tuple[Rectangle, Position], ...]
     """Codes to decode; offsets of codes, scales and values count from those of the slab."""
@@ -153,11 +153,17 @@ def cut_into_slabs(source: CodedSource, moves: Sequence[Move], limit: int, in_pl
     Raises:
         ConversionError: ``limit`` is too small for this source.
     """
+    for _, _, in_section in slabs(moves, source.section, source.section):
+        yield from _cut_section(source, in_section, limit, in_place)
+
+
+def _cut_section(source: CodedSource, moves: Sequence[Move], limit: int, in_place: bool) -> Iterator[CodeSlab]:
+    """Cut one section of a source into slabs; the arguments are those of ``cut_into_slabs``."""
     in_place = in_place and all(find_rectangles(move, source) is not None for move in moves)
     for start, stop, parts in slabs(moves, _capacity(source, limit, in_place)):
         per_move = [find_rectangles(move, source) for move in parts] if in_place else []
         if None in per_move:  # the cut is between the two codes of a byte
-            yield from cut_into_slabs(source, parts, limit, in_place=False)
+            yield from _cut_section(source, parts, limit, in_place=False)
             continue
         if source.decode.bits == 4:  # widen to whole bytes
             start, stop = start - start % 2, stop + stop % 2
@@ -207,6 +213,7 @@ def _slab(
         codes_bytes=codes_bytes,
         block_rows=block_rows,
         scale_count=scale_count,
+        global_bytes=source.global_bytes(start),
         kind=kind,
         rectangles=rectangles,
         moves=moves,
@@ -263,12 +270,12 @@ def _capacity(source: CodedSource, limit: int, in_place: bool) -> int:
     element_bytes = decode.bits / 8 + scale_bytes * source.scales_per_element
     element_bytes += 0 if in_place else itemsize(source.dtype)
     capacity = int((limit - fixed_bytes) / element_bytes)
-    least = min(ALIGN_BYTES, source.numel)
+    least = min(ALIGN_BYTES, source.section)
     if capacity < least:
         name = source.checkpoint.names[source.row]
         expected = f"device_scratch_bytes of at least {2 * align_up(ceil(fixed_bytes + least * element_bytes))}"
         raise ConversionError(message(f"the scratch is too small to decode {name}", expected=expected, found=2 * limit))
-    if capacity >= source.numel:
+    if capacity >= source.section:
         return capacity
     for unit in (source.columns * block_rows, source.columns, ALIGN_BYTES):
         if capacity >= unit:

@@ -13,7 +13,7 @@ from automodel_conv.dtypes import itemsize
 from automodel_conv.errors import ConversionError, message
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.copies import ZEROS_IN_I32, Decode
-from automodel_conv.schedule.coded_source import CodedSource
+from automodel_conv.schedule.coded_source import GLOBAL_BYTES, CodedSource
 from automodel_conv.schedule.cutting import read_ranges, slabs
 from automodel_conv.schedule.jobs import (
     ALIGN_BYTES,
@@ -47,7 +47,7 @@ def decode_jobs(
         for dtype in dict.fromkeys(move.dtype for move in moves[row]):
             to_dtype = [move for move in moves[row] if move.dtype == dtype]
             source = CodedSource(row, decodes[row], checkpoint, dtype)
-            for start, stop, parts in slabs(to_dtype, _capacity(source, limit)):
+            for start, stop, parts in slabs(to_dtype, _capacity(source, limit), source.section):
                 yield _job(source, start, stop, parts)
 
 
@@ -60,7 +60,7 @@ def _capacity(source: CodedSource, limit: int) -> int:
         fixed_bytes += 2 * 4 * source.grid_columns
         element_bytes += 4 * source.scales_per_element / ZEROS_IN_I32
     capacity = int((limit - fixed_bytes) / element_bytes)
-    least = min(ALIGN_BYTES, source.numel)
+    least = min(ALIGN_BYTES, source.section)
     if capacity < least:
         name = source.checkpoint.names[source.row]
         expected = f"at least {ceil(fixed_bytes + least * element_bytes)} bytes for each thread"
@@ -89,8 +89,8 @@ def _job(source: CodedSource, start: int, stop: int, parts: Sequence[Move]) -> R
     global_bytes = None
     if source.decode.global_scale is not None:
         global_bytes = end
-        reads.append(_read(source, source.decode.global_scale, 0, 4, end))
-        end = align_up(end + 4)
+        reads.append(_read(source, source.decode.global_scale, source.global_bytes(start), GLOBAL_BYTES, end))
+        end = align_up(end + GLOBAL_BYTES)
     size = itemsize(source.dtype)
     rectangles = [
         CodeRectangle(

@@ -161,6 +161,20 @@ def values_of(stored: Stored, shape: torch.Size, zeros: Tensor, block: tuple[int
     return unpack_from_int32(packed, 4, shape).double() - spread(zeros, block, shape)
 
 
+def modelopt_nvfp4(weight: Tensor) -> tuple[Stored, Tensor]:
+    """Quantize in modelopt's format, whose global scale multiplies the others. A stack has one for each matrix."""
+    groups = weight.double().unflatten(-1, (-1, 16))
+    common = (weight.double().abs().amax((-2, -1)) / (6 * 448)).float()
+    scales = (groups.abs().amax(-1) / 6 / common.double()[..., None, None]).float().to(torch.float8_e4m3fn)
+    factors = scales.double() * common.double()[..., None, None]
+    nearest = (
+        ((groups / factors[..., None])[..., None] - FP4).abs().nan_to_num(0).argmin(-1).to(torch.uint8).flatten(-2)
+    )
+    codes = nearest[..., 0::2] | nearest[..., 1::2] << 4
+    exact = FP4[nearest.long()] * factors.repeat_interleave(16, -1)
+    return {"": codes, "_scale": scales, "_scale_2": common, "_input_scale": torch.ones(())}, exact
+
+
 INT4 = {"num_bits": 4, "type": "int"}
 FLOAT8 = {"num_bits": 8, "type": "float"}
 FLOAT4 = {"num_bits": 4, "type": "float"}
@@ -182,6 +196,7 @@ PRODUCERS: dict[str, Producer] = {
         "mxfp8-quantized", **FLOAT8, strategy="group", group_size=32, scale_dtype="torch.uint8"
     ),
     "nvfp4": compressed("nvfp4-pack-quantized", 700.0, **FLOAT4, strategy="tensor_group", group_size=16),
+    "nvfp4 of modelopt": Producer({"quant_method": "modelopt", "quant_algo": "NVFP4"}, modelopt_nvfp4),
     "mxfp4 of compressed-tensors": compressed(
         "mxfp4-pack-quantized", **FLOAT4, strategy="group", group_size=32, scale_dtype="torch.uint8"
     ),

@@ -14,7 +14,7 @@ from automodel_conv.execution.device import load_to_device
 from automodel_conv.planning.code_names import CodeNames, has_codes, packed_dtypes
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.methods.table import METHODS
-from automodel_conv.planning.quantization import quantized_table, untransposed_plan
+from automodel_conv.planning.quantization import arranged_plan, quantized_table
 from automodel_conv.testing import assert_bytes_equal
 from tests.execution.simulated import SimulatedDevice
 from tests.kernels.test_code_tables import rounded
@@ -91,7 +91,7 @@ def test_its_files_are_decoded(tmp_path, dtype, scratch_bytes):
 def test_its_files_are_decoded_on_a_device(tmp_path):
     tensors, exact = weights(1)
     checkpoint = amc.open_checkpoint(write(tmp_path, tensors))
-    plan = untransposed_plan(quantized_table(SourceTable.from_checkpoint(checkpoint), CONFIG))
+    plan = arranged_plan(quantized_table(SourceTable.from_checkpoint(checkpoint), CONFIG))
     buffers = allocate(plan.targets)
     limits = {"threads": 2, "scratch_bytes": 16384, "device_scratch_bytes": 1 << 16}
     load_to_device(plan, checkpoint, buffers, SimulatedDevice(0), backend="torch", **limits)

@@ -20,6 +20,10 @@ FORMATS = {
     "fp8": dict(code_format="e4m3", scales="F32"),
     "mxfp4": dict(code_format="e2m1", scales="U8", block=(1, 4)),
     "nvfp4": dict(code_format="e2m1", scales="BF16", has_global=True, block=(1, 2)),
+    "nvfp4, a global scale for each matrix": dict(code_format="e2m1", scales="U8", has_global="each", block=(1, 4)),
+    "bf16 scales, a global scale for each matrix": dict(
+        code_format="e2m1", scales="BF16", has_global="each", block=(2, 4)
+    ),
     "int4 with zero points": dict(code_format="int4", scales="BF16", zero_points=True, block=(1, 4)),
     "int4 in blocks": dict(code_format="int4", scales="F32", zero_points=True, has_global=True, block=(3, 4)),
 }
@@ -88,10 +92,11 @@ def add_source(file, random, name, *, code_format, matrices, rows, columns, bloc
         padded[:down] = zeros
         packed = sum(padded[k::8] << (4 * k) for k in range(8)).astype(np.uint32).view(np.int32)
         zeros_row = file.add(f"{name}.zeros", "I32", packed)
-    common = 1.0
+    common = np.ones(matrices, np.float32)
     if has_global:
-        common = float(np.float32(random.normal()))
-        global_row = file.add(f"{name}.global", "F32", np.array([common], np.float32))
+        stored = random.normal(size=matrices if has_global == "each" else 1).astype(np.float32)
+        common[:] = stored
+        global_row = file.add(f"{name}.global", "F32", stored)
     decode = Decode(code_format, (rows, columns), block, at, zeros_row, global_row)
     numbers = np.empty((matrices, rows, columns), np.float64)
     for m, r, c in np.ndindex(numbers.shape):
@@ -99,7 +104,7 @@ def add_source(file, random, name, *, code_format, matrices, rows, columns, bloc
         number = CODE_VALUES[code_format][codes[m, r, c]]
         if zero_points:
             number = float(codes[m, r, c] - zeros[cell])
-        numbers[m, r, c] = number * float(values[cell]) * common
+        numbers[m, r, c] = number * float(values[cell]) * float(common[m])
     return row, decode, numbers.reshape(-1)
 
 

@@ -82,7 +82,7 @@ COMPRESSED_TENSORS = Method(
     ),
     scales=("_scale",),
     zero_points="_zero_point",
-    global_scale="_global_scale",
+    global_scale=("_global_scale",),
     divides=True,
     dropped=("_shape", ".input_scale", ".input_global_scale", ".input_zero_point"),
     refused={"_g_idx": "is in groups by activation order"},

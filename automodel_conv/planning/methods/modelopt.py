@@ -36,7 +36,7 @@ MODELOPT = Method(
     name="modelopt",
     schemes=_schemes,
     codes=(*FP8_CODES, Packing("", "U8", "e2m1")),
-    scales=("_scale",),
-    global_scale="_scale_2",
-    dropped=(".input_scale",),
+    scales=("_scale", "_weight_scale"),  # experts.gate_up_proj has the latter
+    global_scale=("_scale_2", "_weight_scale_2"),
+    dropped=(".input_scale", "_input_scale"),
 )

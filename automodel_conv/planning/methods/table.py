@@ -8,6 +8,9 @@ from automodel_conv.planning.methods.fp8 import FP8
 from automodel_conv.planning.methods.method import Method
 from automodel_conv.planning.methods.modelopt import MODELOPT
 from automodel_conv.planning.methods.mxfp4 import MXFP4
+from automodel_conv.planning.methods.quark import QUARK
 
-METHODS: dict[str, Method] = {method.name: method for method in (FP8, FBGEMM_FP8, MXFP4, COMPRESSED_TENSORS, MODELOPT)}
+METHODS: dict[str, Method] = {
+    method.name: method for method in (FP8, FBGEMM_FP8, MXFP4, COMPRESSED_TENSORS, MODELOPT, QUARK)
+}
 """Methods by name. To add a method, import it and add it to this tuple."""
