@@ -159,18 +159,26 @@ class Target(NamedTuple):
     copies: tuple[StridedCopy, ...]
     fallback: Fallback | None = None
     """Code of transformers that fills the target instead of copies."""
+    zero_rows: int = 0
+    """Number of the last rows (indices of the first dimension) that no copy fills, because they are zero."""
 
     @property
     def is_whole(self) -> bool:
         """Whether one copy moves everything in one run, so that a target of its source's size equals the source."""
-        return len(self.copies) <= 1 and all(c.box.is_run and len(c.ordinals) == 1 for c in self.copies)
+        is_run = len(self.copies) <= 1 and all(c.box.is_run and len(c.ordinals) == 1 for c in self.copies)
+        return is_run and not self.zero_rows
+
+    @property
+    def copied_numel(self) -> int:
+        """Number of elements that copies fill: all except those in rows of zeros, which come last."""
+        return prod(self.shape) - self.zero_rows * prod(self.shape[1:])
 
     @property
     def nbytes(self) -> int:
         return nbytes(self.dtype, prod(self.shape))
 
 
-CODE_BITS = {"e4m3": 8, "e5m2": 8, "e2m1": 4, "int4": 4}
+CODE_BITS = {"e4m3": 8, "e5m2": 8, "e2m1": 4, "int4": 4, "int8": 8}
 """Bits per code in each format of codes; see ``quantization.py``."""
 
 ZEROS_IN_I32 = 8

@@ -41,7 +41,9 @@ def text_of(plan: Mapping[str, Any]) -> str:
             "decodes": list(sources.decodes.items()),
             "hidden": sorted(sources.hidden),
             "copies": [[_row(copy) for copy in group] for group in copies],
-            "targets": [[t.name, t.dtype, t.shape, t.rule, t.sources, group_of[id(t.copies)]] for t in targets],
+            "targets": [
+                [t.name, t.dtype, t.shape, t.rule, t.sources, group_of[id(t.copies)], t.zero_rows] for t in targets
+            ],
             **{name: plan[name] for name in _PLAIN_FIELDS},
             "layouts": [plan["layout"], plan["source_layout"]],
         }
@@ -99,7 +101,7 @@ class _Form(msgspec.Struct):
     decodes: list[tuple[int, Decode]]
     hidden: list[int]
     copies: list[list[_Copy]]
-    targets: list[tuple[str, str, tuple[int, ...], int, tuple[int, ...], int]]
+    targets: list[tuple[str, str, tuple[int, ...], int, tuple[int, ...], int, int]]
     rules: tuple[str, ...]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
@@ -134,7 +136,7 @@ def _fields(form: _Form) -> dict[str, Any]:
         raise _not_a_plan("a negative size")
     if not all(copy.is_even for copy in copies):
         raise _not_a_plan("copies whose shape and strides, or whose columns, differ in length")
-    if any(not 0 <= group < len(form.copies) for *_, group in form.targets):
+    if any(not 0 <= group < len(form.copies) for *_, group, _ in form.targets):
         raise _not_a_plan("targets with unknown copies")
     if any(not -1 <= rule < len(form.rules) for _, _, _, rule, *_ in form.targets):
         raise _not_a_plan("targets with unknown rules")
@@ -147,8 +149,8 @@ def _fields(form: _Form) -> dict[str, Any]:
             raise _not_a_plan(f"the parts of {names[row]} do not fit: {decode}")
     groups = [tuple(copy.copy() for copy in group) for group in form.copies]
     targets = tuple(
-        Target(name, dtype, shape, rule, sources, groups[group])
-        for name, dtype, shape, rule, sources, group in form.targets
+        Target(name, dtype, shape, rule, sources, groups[group], zero_rows=zero_rows)
+        for name, dtype, shape, rule, sources, group, zero_rows in form.targets
     )
     layout, source_layout = form.layouts
     return {

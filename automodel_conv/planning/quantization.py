@@ -5,10 +5,11 @@ names, dtypes and shapes of its tensors. Both must agree. The result is a source
 their codes, so that the rest of planning needs no notion of quantization until the bytes are read.
 
 An element is ``value(code) * scale``. ``e4m3`` and ``e5m2`` are FP8 and ``e2m1`` is FP4. ``int4`` is an integer stored
-with 8 added, less the zero point if it has one. Scales are floats, or powers of two stored as one-byte exponents
-(``F8_E8M0``, and ``U8`` in MX formats), or FP8 values that a global scale multiplies or divides (NVFP4).
-Sources: OCP Microscaling Formats 1.0; transformers 5.23.0, ``integrations/finegrained_fp8.py`` and ``mxfp4.py``;
-compressed-tensors 0.20.0, ``compressors/*/base.py``.
+with 8 added, less the zero point if it has one. ``int8`` is an integer in two's complement. Scales are floats, or
+powers of two stored as one-byte exponents (``F8_E8M0``, and ``U8`` in MX formats), or FP8 values that a global scale
+multiplies or divides (NVFP4).
+Sources: OCP Microscaling Formats 1.0; transformers 5.24.0, ``integrations/finegrained_fp8.py`` and ``mxfp4.py``;
+compressed-tensors 0.20.1, ``compressors/*/base.py``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import ceil, prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from automodel_conv.dtypes import FLOATING
 from automodel_conv.errors import QuantizationError, listing, message
@@ -26,6 +27,7 @@ from automodel_conv.planning.copies import Decode, SourceTable, Target
 from automodel_conv.planning.lowering import copies_of
 from automodel_conv.planning.methods.method import (
     ANY_MODULE,
+    FLOAT_SCALES,
     TENSOR,
     Block,
     Method,
@@ -77,10 +79,22 @@ def quantized_table(
     return matcher.decoded()
 
 
-def padding_suspects(stored: SourceTable, decoded: SourceTable, config: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
-    """Yield codes that may end in padding: ``(row, name of the tensor that holds the weight's true shape)``.
+class PaddingSuspect(NamedTuple):
+    """Codes whose rows may end in padding."""
 
-    Rows of codes may end in padding if one scale covers the whole row.
+    row: int
+    """Row of the codes."""
+    shape_name: str
+    """Name of the tensor that holds the true shape of the weight."""
+    codes_per_element: int
+    """Number of codes in an element. Fewer of them are padding."""
+
+
+def padding_suspects(stored: SourceTable, decoded: SourceTable, config: Mapping[str, Any]) -> Iterator[PaddingSuspect]:
+    """Yield codes whose rows may end in padding.
+
+    Rows of whole groups do not: compressed-tensors refuses to quantize others (compressed-tensors 0.20.1,
+    ``quantization/lifecycle/forward_helpers.py``).
 
     Args:
         stored: the checkpoint's tensors as stored.
@@ -89,13 +103,30 @@ def padding_suspects(stored: SourceTable, decoded: SourceTable, config: Mapping[
     """
     packings = [packing for packing in METHODS[config["quant_method"]].codes if packing.shape_suffix]
     for row, decode in decoded.decodes.items() if packings else ():
-        if decode.block[1] < decode.matrix[1]:
+        columns, group = decode.matrix[1], decode.block[1]
+        if group < columns and columns % group == 0:
             continue
         for packing in packings:
             if stored.dtypes[row] == packing.dtype and stored.names[row].endswith(packing.suffix):
                 shape_name = part_name(decoded.names[row], packing.shape_suffix)
                 if shape_name is not None:
-                    yield row, shape_name
+                    yield PaddingSuspect(row, shape_name, packing.codes_per_element)
+
+
+def without_padding(decoded: SourceTable, widths: Mapping[int, int]) -> SourceTable:
+    """Return a table whose weights have only the columns that are not padding.
+
+    Args:
+        decoded: the table.
+        widths: true number of columns, by row.
+    """
+    if not widths:
+        return decoded
+    decodes = {
+        row: decode._replace(arrangement=decode.arrangement._replace(width=widths[row])) if row in widths else decode
+        for row, decode in decoded.decodes.items()
+    }
+    return replace(decoded, decodes=decodes)
 
 
 def group_indices(decoded: SourceTable, config: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
@@ -176,7 +207,10 @@ class _CodeMatcher:
     def _match(self, row: int, weight: str, packing: Packing) -> bool:
         """Match a tensor as the codes of ``weight``, or return False if it cannot be codes."""
         name, dtype = self._table.names[row], self._table.dtypes[row]
+        whole = self._method.whole_name(weight)
         scales = self._part_rows(weight, self._method.scales)
+        if not scales and whole is not None:
+            scales = self._part_rows(whole, self._method.scales)
         if not scales:
             if weight.endswith(self._method.scales):  # scales may be FP8 themselves
                 return False
@@ -284,6 +318,8 @@ class _CodeMatcher:
             return self._report(row, f"{{}} has {format} codes; the config states {others} for its module", names[row])
         if not allowed:
             return self._report(row, f"{{}} has {format} codes, which the config does not describe", names[row])
+        if self._method.whole_name(weight) is not None:
+            allowed.append(Scheme(format, TENSOR, FLOAT_SCALES))
         typed = [scheme for scheme in allowed if dtypes[scales] in scheme.scales]
         if not typed:
             wanted = ", ".join(sorted({dtype for scheme in allowed for dtype in scheme.scales}))
@@ -314,10 +350,12 @@ class _CodeMatcher:
             return self._report(row, kind, names[scales], weight)
         scheme = fitting[0]
         rows, columns = _within(scheme.block, shape)
-        # Whole groups leave no padding.
         if packing.shape_suffix and scheme.block[1] is not None and shape[-1] % scheme.block[1]:
-            kind = f"{{}} holds {shape[-1]} columns, not whole groups of {scheme.block[1]}"
-            return self._report(row, kind, names[row])
+            true_shape = part_name(weight, packing.shape_suffix) or packing.shape_suffix
+            if true_shape not in self._rows:
+                groups = f"{shape[-1]} columns, not whole groups of {scheme.block[1]}"
+                kind = f"{{}} holds {groups}, and no {{}} tells how many are padding"
+                return self._report(row, kind, names[row], true_shape)
         if zero_points is not None:
             grid_rows, grid_columns = ceil(shape[-2] / rows), ceil(shape[-1] / columns)
             wanted = scheme.zero_packing.rows(0, grid_rows)[1], scheme.zero_packing.columns(grid_columns)

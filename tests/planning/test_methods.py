@@ -14,6 +14,7 @@ from automodel_conv.planning.methods.method import (
     Scheme,
     UnsupportedScheme,
     block_of,
+    modules_of,
     part_name,
     weight_name,
 )
@@ -90,6 +91,11 @@ FLOAT8 = {"num_bits": 8, "type": "float"}
             "compressed-tensors",
             compressed("pack-quantized", **INT4, strategy="group", group_size=32, symmetric=False),
             Scheme("int4", (1, 32), FLOAT_SCALES, zero_points=True),
+        ),
+        (
+            "compressed-tensors",
+            compressed("int-quantized", num_bits=8, type="int", strategy="channel"),
+            Scheme("int8", CHANNEL, FLOAT_SCALES),
         ),
         (
             "compressed-tensors",
@@ -182,3 +188,111 @@ def test_block_has_two_positive_sizes(sizes):
     with pytest.raises((ValueError, TypeError)):
         block_of(sizes)
     assert block_of([1, 32]) == (1, 32)
+
+
+@pytest.mark.parametrize(
+    ("weight", "whole"),
+    [
+        ("model.ngram_embedding.shard_12.weight", "model.ngram_embedding.weight"),
+        ("ngram_embedding.weight", "ngram_embedding.weight"),
+        ("model.my_ngram_embedding.shard_1.weight", None),
+        ("model.embedding.shard_1.weight", None),
+    ],
+)
+def test_shards_of_an_ngram_embedding_are_parts_of_one_weight(weight, whole):
+    assert METHODS["fp8"].whole_name(weight) == whole
+    assert METHODS["mxfp4"].whole_name(weight) is None
+
+
+def quark(weight, **layers):
+    """Return a config of AMD Quark, and of layers by name with two underscores for a glob's dot."""
+    named = {name.replace("__", "*."): {"weight": other} for name, other in layers.items()}
+    return {"global_quant_config": {"weight": weight}, "layer_quant_config": named}
+
+
+PER_TENSOR = {"dtype": "fp8_e4m3", "qscheme": "per_tensor"}
+PER_GROUP = {"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "ch_axis": -1}
+
+
+@pytest.mark.parametrize(
+    ("weight", "scheme"),
+    [
+        (PER_TENSOR, Scheme("e4m3", TENSOR, FLOAT_SCALES)),
+        (PER_TENSOR | {"dtype": "fp8_e5m2"}, Scheme("e5m2", TENSOR, FLOAT_SCALES)),
+        (PER_TENSOR | {"dtype": "int8", "symmetric": True}, Scheme("int8", TENSOR, FLOAT_SCALES)),
+        ([PER_TENSOR], Scheme("e4m3", TENSOR, FLOAT_SCALES)),
+        (PER_TENSOR | {"qscheme": "per_channel", "ch_axis": 0}, Scheme("e4m3", CHANNEL, FLOAT_SCALES)),
+        (PER_TENSOR | {"qscheme": "per_block", "block_size": [128, 64]}, Scheme("e4m3", (128, 64), FLOAT_SCALES)),
+        (
+            PER_TENSOR | {"qscheme": "per_block", "block_size": [32, 32], "scale_type": "float8_e8m0fnu"},
+            Scheme("e4m3", (32, 32), EXPONENT_SCALES),
+        ),
+        (PER_GROUP | {"scale_format": "e8m0"}, Scheme("e2m1", (1, 32), EXPONENT_SCALES)),
+        (PER_GROUP | {"scale_format": "e8m0", "dtype": "fp8_e4m3"}, Scheme("e4m3", (1, 32), EXPONENT_SCALES)),
+        (PER_GROUP | {"scale_format": "float32", "ch_axis": 1}, Scheme("e2m1", (1, 32), FLOAT_SCALES)),
+        (
+            [PER_GROUP | {"group_size": 16}, PER_TENSOR | {"is_scale_quant": True}],
+            Scheme("e2m1", (1, 16), FP8_SCALES, global_scale=True),
+        ),
+    ],
+    ids=lambda value: "" if isinstance(value, Scheme) else str(value),
+)
+def test_quark_describes_weights_by_their_dtype_and_scales(weight, scheme):
+    assert METHODS["quark"].schemes(quark(weight)) == [scheme]
+    assert METHODS["quark"].schemes(quark(None, a__b=weight)) == [scheme._replace(modules=modules_of(["a*.b"]))]
+
+
+def test_quark_describes_layers_by_name():
+    mxfp4 = PER_GROUP | {"scale_format": "e8m0"}
+    dynamic, values = PER_TENSOR | {"is_dynamic": True}, {"dtype": "bfloat16", "qscheme": None}
+    schemes = METHODS["quark"].schemes(quark(mxfp4, a=PER_TENSOR, b=mxfp4, c=None, d=dynamic, e=PER_TENSOR, f=values))
+    fp4, fp8 = Scheme("e2m1", (1, 32), EXPONENT_SCALES), Scheme("e4m3", TENSOR, FLOAT_SCALES)
+    assert schemes == [fp4, fp8._replace(modules=modules_of("ae")), fp4._replace(modules=modules_of("b"))]
+    assert METHODS["quark"].schemes(quark(None)) == []
+    assert METHODS["quark"].schemes({"layer_type_quant_config": {"Linear": {"weight": PER_TENSOR}}}) == [fp8]
+
+
+@pytest.mark.parametrize(
+    ("weight", "named"),
+    [
+        (PER_TENSOR | {"dtype": "uint2"}, "quark's uint2"),
+        (PER_TENSOR | {"dtype": "int8", "symmetric": False}, "quark's asymmetric int8 per_tensor"),
+        (PER_GROUP | {"dtype": "int8", "symmetric": True}, "quark's symmetric int8 per_group"),
+        (PER_GROUP | {"dtype": "fp6_e3m2"}, "quark's fp6_e3m2"),
+        (PER_GROUP | {"dtype": "mx"}, "quark's mx"),
+        (PER_GROUP | {"scale_format": "e5m3"}, "quark's scales of e5m3"),
+        (PER_TENSOR | {"qscheme": "per_channel", "ch_axis": 1}, "per_channel with ch_axis 1"),
+        (PER_GROUP | {"ch_axis": 0}, "per_group with ch_axis 0"),
+        (PER_TENSOR | {"qscheme": None}, "quark's None"),
+        ([PER_TENSOR, PER_GROUP | {"dtype": "int4"}], "quark's fp8_e4m3 and int4 in sequence"),
+        ([PER_GROUP, PER_TENSOR | {"is_scale_quant": False}], "quark's fp4 and fp8_e4m3 in sequence"),
+        ([PER_GROUP, PER_TENSOR, PER_TENSOR], "fp4 and fp8_e4m3 and fp8_e4m3 in sequence"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_weights_of_quark_that_are_not_decoded_are_named(weight, named):
+    for config in (quark(weight), quark(None, a=weight)):
+        with pytest.raises(UnsupportedScheme, match=named):
+            METHODS["quark"].schemes(config)
+
+
+def test_weights_that_quark_exports_as_values_are_named():
+    with pytest.raises(UnsupportedScheme, match="weight_format 'fake_quantized'"):
+        METHODS["quark"].schemes(quark(PER_TENSOR) | {"export": {"weight_format": "fake_quantized"}})
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        {"dtype": "fp8_e4m3", "qscheme": "per_block", "block_size": [128]},
+        {"dtype": "fp8_e4m3", "qscheme": "per_block", "block_size": None},
+        PER_GROUP | {"group_size": 0},
+        "fp8",
+        [],
+        {"qscheme": "per_tensor"},
+    ],
+    ids=str,
+)
+def test_malformed_description_of_quark_is_an_error_that_the_reader_of_configs_expects(weight):
+    with pytest.raises((TypeError, ValueError, KeyError, AttributeError)):
+        METHODS["quark"].schemes(quark(weight or [[]]))

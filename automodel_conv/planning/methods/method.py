@@ -134,6 +134,9 @@ class Method:
     """Packings of codes."""
     scales: tuple[str, ...]
     """Suffixes of scales. A weight has exactly one of them."""
+    shared: re.Pattern[str] | None = None
+    """Pattern of the names of weights that may have one scale for the whole tensor, whatever the config states for the
+    others. Its first group matches the component that numbers the shards of such a weight, which share that scale."""
     zero_points: str = ""
     """Suffix of zero points, an I32 tensor with ``ZEROS_IN_I32`` in an element."""
     group_index: str = ""
@@ -146,6 +149,13 @@ class Method:
     """Suffixes of tensors that only a quantized forward pass needs."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Suffixes of tensors that change the values in a way that is not supported, with what they mean for the weight."""
+
+    def whole_name(self, weight: str) -> str | None:
+        """Return the name of the weight that ``weight`` is a shard of, or its own; None if it cannot share a scale."""
+        match = None if self.shared is None else self.shared.search(weight)
+        if match is None:
+            return None
+        return weight if match[1] is None else weight[: match.start(1)] + weight[match.end(1) :]
 
 
 class UnsupportedScheme(Exception):
