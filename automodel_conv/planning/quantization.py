@@ -33,7 +33,7 @@ from automodel_conv.planning.methods.method import (
     part_name,
     weight_name,
 )
-from automodel_conv.planning.methods.table import METHODS
+from automodel_conv.planning.methods.table import method_of
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.problem_kinds import ProblemKinds
 from automodel_conv.planning.schemes import KEEP, kv_cache_rows, read_config
@@ -86,7 +86,8 @@ def padding_suspects(stored: SourceTable, decoded: SourceTable, config: Mapping[
         decoded: ``quantized_table`` of ``stored`` and ``config``.
         config: the ``quantization_config``.
     """
-    packings = [packing for packing in METHODS[config["quant_method"]].codes if packing.shape_suffix]
+    method = method_of(config)
+    packings = [packing for packing in method.codes if packing.shape_suffix] if method is not None else []
     for row, decode in decoded.decodes.items() if packings else ():
         if decode.block[1] < decode.matrix[1]:
             continue
@@ -193,6 +194,8 @@ class _CodeMatcher:
             scheme = self._scheme(row, weight, packing, shape, scales[0], zero_points, global_scale)
             if scheme is not None:
                 scale_dtype, (rows, columns) = self._table.dtypes[scales[0]], shape[-2:]
+                if scheme.block == TENSOR and prod(self._table.shapes[scales[0]]) == 1:
+                    rows *= prod(shape[:-2])
                 keeps_scale_dtype = scale_dtype in FLOATING and scale_dtype != "F32"
                 self._weights[row] = weight, scale_dtype if keeps_scale_dtype else "BF16", shape
                 self.decodes[row] = Decode(
@@ -266,7 +269,7 @@ class _CodeMatcher:
             wanted = ", ".join(sorted({dtype for scheme in allowed for dtype in scheme.scales}))
             kind = f"{{}} is {dtypes[scales]}; these {format} codes have scales of {wanted}"
             return self._report(row, kind, names[scales])
-        fitting = [scheme for scheme in typed if shapes[scales] in _scale_shapes(shape, scheme.block)]
+        fitting = [scheme for scheme in typed if _fit(shapes[scales], shape, scheme.block)]
         if not fitting:
             wanted = " or ".join(dict.fromkeys(str(list(_scale_shapes(shape, scheme.block)[0])) for scheme in typed))
             difference = f"expected {wanted}, found {list(shapes[scales])}"
@@ -316,6 +319,11 @@ def _within(block: Block, shape: Sequence[int]) -> tuple[int, int]:
     return min(block[0] or rows, rows), min(block[1] or columns, columns)
 
 
+def _fit(scales: Sequence[int], shape: Sequence[int], block: Block) -> bool:
+    """Return whether scales of a shape fit a weight; one scale for each matrix of a stack may be one for all."""
+    return tuple(scales) in _scale_shapes(shape, block) or (block == TENSOR and prod(scales) == 1)
+
+
 def _scale_shapes(shape: Sequence[int], block: Block) -> list[tuple[int, ...]]:
     """Return the shapes that the scales of a weight may have, the most explicit first."""
     *lead, rows, columns = shape
@@ -324,6 +332,10 @@ def _scale_shapes(shape: Sequence[int], block: Block) -> list[tuple[int, ...]]:
     shapes = [[*lead, grid_rows, grid_columns]]
     if block[1] is None:
         shapes.append([*lead, grid_rows])
-    if block == (None, None):
+    if block == TENSOR:
         shapes.append(lead)
+    if None not in block:
+        shapes.append([*lead, grid_rows, 1, grid_columns, 1])  # FP8_PB_WO of modelopt
+    if lead and prod(lead) == 1:
+        shapes += [scale_shape[len(lead) :] for scale_shape in shapes]  # modelopt leaves out leading dimensions of 1
     return [tuple(scale_shape) for scale_shape in shapes]

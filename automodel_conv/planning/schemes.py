@@ -9,7 +9,7 @@ from typing import Any
 from automodel_conv.errors import QuantizationError, UnsupportedError, message
 from automodel_conv.planning.copies import CODE_BITS
 from automodel_conv.planning.methods.method import Method, Scheme, UnsupportedScheme
-from automodel_conv.planning.methods.table import METHODS
+from automodel_conv.planning.methods.table import METHODS, method_of
 
 _KEEPS = "keeps codes and scales as they are"
 KEEP = (
@@ -23,12 +23,13 @@ KEEP = (
 
 # These names are under the attention module, its k_proj and v_proj, or the module that holds the cache.
 # Sources: vLLM 0.33.0, ``maybe_remap_kv_scale_name`` in ``model_executor/model_loader/weight_utils.py`` and
-# ``BaseKVCacheMethod``.
+# ``BaseKVCacheMethod``; NVIDIA Model Optimizer 0.47, ``_KV_CACHE_REPLACEMENTS`` in ``torch/export/quant_utils.py``.
 _KV_CACHE_NAME = re.compile(
-    r"(?:^|\.)(?:(?:q|k|v|kv|prob)_scale|[qkv]_zero_point|[kv]_cache\.scale|self_attn\.q\.scale)$"
+    r"(?:^|\.)(?:(?:q|k|v|kv|prob)_scale|[qkv]_zero_point|[kv]_cache\.scale|self_attn\.q\.scale|"
+    r"([kv])_proj\.\1_bias)$"
 )
 
-_KV_CACHE_SUFFIXES = ("_scale", "_zero_point", ".scale")  # a cheap test that rules out most names
+_KV_CACHE_SUFFIXES = ("_scale", "_zero_point", ".scale", "k_bias", "v_bias")  # a cheap test that rules out most names
 
 
 def is_of_kv_cache(name: str) -> bool:
@@ -60,9 +61,9 @@ def read_config(config: Mapping[str, Any], where: str | None = None) -> tuple[Me
         UnsupportedError: the method or a scheme is not supported; the error names it.
         QuantizationError: the config is malformed.
     """
-    name = config.get("quant_method")
-    method = METHODS.get(name) if isinstance(name, str) else None
+    method = method_of(config)
     if method is None:
+        name = config.get("quant_method")
         raise UnsupportedError(
             message(
                 f"the quantization method {name!r} is not supported",

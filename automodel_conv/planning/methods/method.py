@@ -116,6 +116,8 @@ class Method:
 
     name: str
     """The value of ``quant_method`` in configs."""
+    aliases: tuple[str, ...] = ()
+    """Further values of ``quant_method`` that mean the same."""
     schemes: Callable[[Mapping[str, Any]], list[Scheme]]
     """Function that returns all schemes that a config allows, or none if only the KV cache is quantized. It raises
     ``UnsupportedScheme`` for a scheme that is not supported. A TypeError, ValueError, KeyError or AttributeError means
