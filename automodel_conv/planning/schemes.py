@@ -33,7 +33,7 @@ _KV_CACHE_SUFFIXES = ("_scale", "_zero_point", ".scale", "k_bias", "v_bias")  # 
 
 
 def is_of_kv_cache(name: str) -> bool:
-    """Return whether a tensor is a scale or zero point of a quantized KV cache, or of quantized attention.
+    """Return whether a tensor is a scale, zero point or bias of a quantized KV cache, or of quantized attention.
 
     Such a tensor belongs to no weight, and a model of plain values does not have it.
     """

@@ -53,6 +53,11 @@ def test_malformed_config_is_an_error_of_the_checkpoint(block):
         ("layers.0.self_attn.q_zero_point", True),
         ("layers.0.self_attn.k_cache.scale", True),
         ("layers.0.self_attn.q.scale", True),
+        ("layers.0.self_attn.k_proj.k_bias", True),
+        ("layers.0.self_attn.v_proj.v_bias", True),
+        ("layers.0.self_attn.v_proj.k_bias", False),
+        ("layers.0.self_attn.k_bias", False),  # a bias of attention
+        ("layers.0.self_attn.k_proj.bias", False),
         ("layers.0.self_attn.k_proj.weight_scale", False),
         ("layers.0.norm.scale", False),
         ("layers.0.bulk_scale", False),

@@ -201,9 +201,8 @@ def modelopt_nvfp4(weight: Tensor, size: int = 16) -> tuple[Stored, Tensor]:
     common = (weight.double().abs().amax((-2, -1)) / (6 * 448)).float()
     scales = (groups.abs().amax(-1) / 6 / common.double()[..., None, None]).float().to(torch.float8_e4m3fn)
     factors = scales.double() * common.double()[..., None, None]
-    nearest = (
-        ((groups / factors[..., None])[..., None] - FP4).abs().nan_to_num(0).argmin(-1).to(torch.uint8).flatten(-2)
-    )
+    numbers = (groups / factors[..., None]).nan_to_num(0).flatten(-2)
+    nearest = torch.bucketize(numbers.abs(), (FP4[:7] + FP4[1:8]) / 2).add(8 * (numbers < 0)).to(torch.uint8)
     codes = nearest[..., 0::2] | nearest[..., 1::2] << 4
     exact = FP4[nearest.long()] * factors.repeat_interleave(size, -1)
     return {"": codes, "_scale": scales, "_scale_2": common, ".input_scale": torch.ones(())}, exact

@@ -158,10 +158,12 @@ def part_name(weight: str, suffix: str) -> str | None:
     A suffix is appended to the name of the weight. If it starts with a dot, it replaces the last component, "weight".
     If it starts with "_weight", the last component is another one, such as that of "experts.down_proj".
     """
+    if not suffix.startswith((".", "_weight")):
+        return weight + suffix
     module, _, leaf = weight.rpartition(".")
     if suffix.startswith("."):
         return module + suffix if leaf == "weight" else None
-    return None if leaf == "weight" and suffix.startswith("_weight") else weight + suffix
+    return None if leaf == "weight" else weight + suffix
 
 
 def weight_name(part: str, suffix: str) -> str:
