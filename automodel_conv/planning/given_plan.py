@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from automodel_conv.errors import ConversionError, Message, NameProblems, UnsupportedError, kind_of, listing, message
+from automodel_conv.planning.arrangement import PLAIN
 from automodel_conv.planning.copies import Decode, Fallback, SourceTable
 from automodel_conv.planning.names import plain_names
 from automodel_conv.planning.plan import CopyPlan
@@ -202,7 +203,9 @@ class _Source(NamedTuple):
         text = f"{self.dtype} {list(self.shape)}"
         if self.decode is None:
             return text
-        flags = [flag for flag in ("divides", "stored_transposed", "like_upstream") if getattr(self.decode, flag)]
+        flags = [flag for flag in ("divides", "like_upstream") if getattr(self.decode, flag)]
+        if self.decode.arrangement != PLAIN:
+            flags.insert(0, f"arranged {self.decode.arrangement}")
         return ", ".join([f"{text} of {self.decode.format} codes in blocks of {list(self.decode.block)}", *flags])
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from automodel_conv.errors import QuantizationError, UnsupportedError, message
-from automodel_conv.planning.copies import CODE_BITS
 from automodel_conv.planning.methods.method import Method, Scheme, UnsupportedScheme
 from automodel_conv.planning.methods.table import METHODS, method_of
 
@@ -21,12 +20,14 @@ KEEP = (
 )
 """Advice for tensors that cannot be decoded. A model of plain values has no names for scales."""
 
-# These names are under the attention module, its k_proj and v_proj, or the module that holds the cache.
-# Sources: vLLM 0.33.0, ``maybe_remap_kv_scale_name`` in ``model_executor/model_loader/weight_utils.py`` and
-# ``BaseKVCacheMethod``; NVIDIA Model Optimizer 0.47, ``_KV_CACHE_REPLACEMENTS`` in ``torch/export/quant_utils.py``.
+# These names are under the attention module, its k_proj and v_proj, or the module that holds the cache. AMD Quark names
+# the scales after the output of the projections.
+# Sources: vLLM 0.33.0, ``maybe_remap_kv_scale_name`` in ``model_executor/model_loader/weight_utils.py``,
+# ``BaseKVCacheMethod``, and ``QuarkConfig.get_cache_scale_mapper``; amd-quark 0.13, ``torch/export/constants.py``;
+# NVIDIA Model Optimizer 0.47, ``_KV_CACHE_REPLACEMENTS`` in ``torch/export/quant_utils.py``.
 _KV_CACHE_NAME = re.compile(
-    r"(?:^|\.)(?:(?:q|k|v|kv|prob)_scale|[qkv]_zero_point|[kv]_cache\.scale|self_attn\.q\.scale|"
-    r"([kv])_proj\.\1_bias)$"
+    r"(?:^|\.)(?:(?:q|k|v|kv|prob)_scale|[qkv]_zero_point|[kv]_cache\.scale|self_attn\.q\.scale|([kv])_proj\.\1_bias"
+    r"|prob_output_scale|(?:q|k|v|kv|qkv)_proj\.output(?:_scale|_quantizer\.scale))$"
 )
 
 _KV_CACHE_SUFFIXES = ("_scale", "_zero_point", ".scale", "k_bias", "v_bias")  # a cheap test that rules out most names
@@ -74,10 +75,6 @@ def read_config(config: Mapping[str, Any], where: str | None = None) -> tuple[Me
         )
     try:
         schemes = method.schemes(config)
-        for scheme in schemes:
-            bits, columns = CODE_BITS[scheme.format], scheme.block[1]
-            if columns is not None and columns * bits % 8:
-                raise UnsupportedScheme(f"groups of {columns} codes of {bits} bits", "an even number")
     except UnsupportedScheme as error:
         text = f"this quantization scheme is not supported: {error.what}"
         raise UnsupportedError(message(text, where=where, expected=error.expected, do=[KEEP])) from None

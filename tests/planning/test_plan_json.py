@@ -13,7 +13,7 @@ from automodel_conv.planning.copies import Decode, SourceTable, StridedCopy, Tar
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.quantization import quantized_table
 from tests.planning.oracles import addressed, execute
-from tests.planning.plans import experts_plan, plan_of, table, three_plans
+from tests.planning.plans import experts_plan, padded_plan, plan_of, table, three_plans
 
 
 def test_json_gives_an_equal_plan_back():
@@ -50,9 +50,20 @@ def test_edited_sources_are_proved_again():
         CopyPlan.from_json(json.dumps(data))
 
 
+# Arrangements with words of 4 columns, an axis twice, an axis too few, words of no columns, more columns than stored.
+UNFIT = [
+    ((4,), (0,), (1, 2), None),
+    ((), (0, 0), (1,), None),
+    ((2,), (0,), (1,), None),
+    ((0,), (0,), (1, 2), None),
+    ((), (0,), (1,), 7),
+]
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("matrix", [8, 5]), ("block", [1, 2]), ("block", [0, 2]), ("scales", 0), ("zero_points", 1), ("global_scale", 1)],
+    [("matrix", [8, 5]), ("block", [1, 2]), ("block", [0, 2]), ("scales", 0), ("zero_points", 1), ("global_scale", 1)]
+    + [("arrangement", [list(word), list(rows), list(columns), width]) for word, rows, columns, width in UNFIT],
 )
 def test_edited_parts_of_quantized_sources_do_not_fit(field, value):
     stored = SourceTable(["w", "w_scale"], ["F8_E4M3", "F32"], [(8, 6), (2, 3)])
@@ -100,15 +111,15 @@ def test_copies_that_are_no_box_are_proved_piece_by_piece():
     assert after == before[numel // 2 :] + before[: numel // 2]
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", "3", '{"version": 3}', "not json", ""])
+@pytest.mark.parametrize("text", ["{}", "[]", "3", '{"version": 4}', "not json", ""])
 def test_other_text_is_no_plan(text):
     with pytest.raises(UnsupportedError, match="not a plan"):
         CopyPlan.from_json(text)
 
 
 def test_json_of_another_version_is_one_error_with_advice():
-    text = experts_plan().to_json().replace('"version": 3', '"version": 2')
-    with pytest.raises(UnsupportedError, match=r"version 3\n.*version 2\n.*compile the plan again"):
+    text = experts_plan().to_json().replace('"version": 4', '"version": 3')
+    with pytest.raises(UnsupportedError, match=r"version 4\n.*version 3\n.*compile the plan again"):
         CopyPlan.from_json(text)
 
 
@@ -173,3 +184,12 @@ def test_json_shares_equal_copies():
     targets = [Target(f"t.{i}", "BF16", (4,), -1, (i,), copies) for i in range(50)]
     data = json.loads(plan_of(sources, targets).to_json())
     assert len(data["copies"]) == 1
+
+
+def test_rows_of_zeros_come_back_and_are_proved_again():
+    plan = padded_plan()
+    assert CopyPlan.from_json(plan.to_json()) == plan
+    data = json.loads(plan.to_json())
+    data["targets"][0][-1] = 2
+    with pytest.raises(CoverageError, match="padded"):
+        CopyPlan.from_json(json.dumps(data))
