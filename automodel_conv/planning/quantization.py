@@ -216,7 +216,8 @@ class _CodeMatcher:
         if not scales:
             if weight.endswith(self._method.scales):  # scales may be FP8 themselves
                 return False
-            if packing.suffix or dtype.startswith(NARROW) or weight.endswith("weight"):
+            is_codes = packing.suffix or dtype.startswith(NARROW) or weight.endswith("weight")
+            if is_codes or self._part_rows(weight, self._method.global_scale):
                 wanted = " or ".join(filter(None, (part_name(weight, scale) for scale in self._method.scales)))
                 self._report(row, "{} has no scale: no tensor is named {}", name, wanted)
                 return True
@@ -258,7 +259,7 @@ class _CodeMatcher:
                     zero_points,
                     global_scale,
                     self._method.divides,
-                    packing.arrangement,
+                    scheme.stack_arrangement or packing.arrangement,
                     self._like_upstream,
                     scheme.zero_packing,
                     packing.scale_word,
@@ -314,6 +315,8 @@ class _CodeMatcher:
         described = [*lead, *(packing.arrangement.shape((stored_rows, stored_columns)) or shape[-2:])]
         stated = self._stated.of(weight)
         allowed = [scheme for scheme in stated or self._schemes if scheme.format == format]
+        if not lead:
+            allowed = [scheme for scheme in allowed if scheme.stack_arrangement is None]
         if not allowed and stated:
             others = " or ".join(sorted({scheme.format for scheme in stated}))
             return self._report(row, f"{{}} has {format} codes; the config states {others} for its module", names[row])

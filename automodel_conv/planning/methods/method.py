@@ -107,6 +107,11 @@ class Scheme(NamedTuple):
     """Whether the weight has a global scale."""
     zero_packing: ZeroPacking = ZeroPacking()
     """How the zero points are stored, if there are any."""
+    stack_arrangement: Arrangement | None = None
+    """How each matrix of a stack is viewed as its weight, instead of as its ``Packing`` states.
+
+    If it is not None, only stacks of matrices have the scheme.
+    """
     modules: Modules = ANY_MODULE
     """Modules that the config states the scheme for. It decides between schemes that fit the parts of a weight, and a
     weight of these modules must fit one of their schemes. Any other weight may have the scheme too."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from automodel_conv.planning.arrangement import rows_in_words
 from automodel_conv.planning.methods.method import (
     ANY_MODULE,
     CHANNEL,
@@ -35,7 +36,16 @@ def _fp8_blocks(size: Any) -> list[Scheme]:
 
 
 def _nvfp4(size: Any) -> list[Scheme]:
-    return [Scheme("e2m1", block_of((1, size or 16)), FP8_SCALES, global_scale=True)]
+    """Return the schemes of NVFP4: with groups of columns, or of rows in a stack of transposed weights.
+
+    modelopt transposes the experts of Llama 4 and gpt-oss, [E, in, out], quantizes groups of inputs, and transposes
+    codes and scales back. A byte then holds two rows of a column.
+    """
+    size = size or 16
+    by_columns = Scheme("e2m1", block_of((1, size)), FP8_SCALES, global_scale=True)
+    if size % 2:
+        return [by_columns]
+    return [by_columns, by_columns._replace(block=(size // 2, 2), stack_arrangement=rows_in_words(2))]
 
 
 def _mxfp4(size: Any) -> list[Scheme]:
