@@ -222,7 +222,7 @@ class _CodeMatcher:
         zero_points = self._part_row(weight, self._method.zero_points)
         global_scales = self._part_rows(weight, self._method.global_scale)
         global_scale = global_scales[0] if global_scales else None
-        others = [row for row in (zero_points, self._part_row(weight, self._method.group_index)) if row is not None]
+        others = [part for part in (zero_points, self._part_row(weight, self._method.group_index)) if part is not None]
         self._hidden.update(scales, global_scales, others, self._part_rows(weight, self._method.dropped))
         refused = self._part_rows(weight, self._method.refused) if self._method.refused else []
         several = next((parts for parts in (scales, global_scales) if len(parts) > 1), None)
@@ -307,7 +307,7 @@ class _CodeMatcher:
         """Return the scheme of the config that fits the parts of a weight, or report why none does and return None."""
         names, dtypes, shapes = self._table.names, self._table.dtypes, self._table.shapes
         format, (*lead, stored_rows, stored_columns) = packing.format, shape
-        described = str([*lead, *(packing.arrangement.shape((stored_rows, stored_columns)) or shape[-2:])])
+        described = [*lead, *(packing.arrangement.shape((stored_rows, stored_columns)) or shape[-2:])]
         stated = self._stated.of(weight)
         allowed = [scheme for scheme in stated or self._schemes if scheme.format == format]
         if not allowed and stated:

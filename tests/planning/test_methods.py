@@ -235,7 +235,7 @@ PER_GROUP = {"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "ch_axis"
             Scheme("e2m1", (1, 16), FP8_SCALES, global_scale=True),
         ),
     ],
-    ids=str,
+    ids=lambda value: "" if isinstance(value, Scheme) else str(value),
 )
 def test_quark_describes_weights_by_their_dtype_and_scales(weight, scheme):
     assert METHODS["quark"].schemes(quark(weight)) == [scheme]

@@ -298,7 +298,7 @@ def test_thousands_of_equal_problems_do_not_hide_another():
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        ({"quant_method": "gptq"}, "'gptq'"),
+        ({"quant_method": "hqq"}, "'hqq'"),
         ({}, "None"),
         ({"quant_method": ["fp8"]}, "fp8"),
         ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "W4A8_AWQ"),
@@ -307,7 +307,6 @@ def test_thousands_of_equal_problems_do_not_hide_another():
         (compressed(num_bits=4, type="int", strategy="group", group_size=32, actorder="group"), "activation order"),
         (compressed(num_bits=4, type="int", strategy="token"), "token"),
         (compressed(num_bits=4, type="int", strategy="group", group_size=32, actorder="dynamic"), "activation order"),
-        (compressed(num_bits=4, type="int", strategy="group", group_size=5), "groups of 5 codes"),
         (
             compressed("float-quantized", num_bits=8, type="float", strategy="channel", symmetric=False),
             "zero points of e4m3",
