@@ -72,6 +72,17 @@ def model_type_of(directory: str) -> str | None:
     return model_type if isinstance(model_type, str) else None
 
 
+def architectures_of(directory: str) -> list[str]:
+    """Return the names of classes that ``config.json`` states.
+
+    Raises:
+        CheckpointError: see ``quantization``.
+    """
+    config = _config(os.path.join(directory, CONFIG_NAME))
+    names = config.get("architectures") if isinstance(config, dict) else None
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
 def plain_config(directory: str) -> bytes | None:
     """Return ``config.json`` without its quantization settings; None if the file does not exist.
 

@@ -5,7 +5,14 @@ import json
 import pytest
 
 from automodel_conv.errors import CheckpointError
-from automodel_conv.files.config import check_config, plain_config, quantization, quantization_config
+from automodel_conv.files.config import (
+    architectures_of,
+    check_config,
+    model_type_of,
+    plain_config,
+    quantization,
+    quantization_config,
+)
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 MODELOPT = {"producer": {"name": "modelopt", "version": "0.40"}, "quantization": {"quant_algo": "FP8"}}
@@ -91,3 +98,22 @@ def test_a_config_that_is_not_json_is_named(tmp_path, write, text):
     check_config(str(tmp_path))
     with pytest.raises(CheckpointError, match=r"config\.json"):
         check_config(write(text))
+
+
+@pytest.mark.parametrize(
+    ("config", "model_type", "architectures"),
+    [
+        ({"model_type": "a", "architectures": ["B", 3, "C"]}, "a", ["B", "C"]),
+        ({"model_type": 3, "architectures": "B"}, None, []),
+        ({"model_type": None, "architectures": None}, None, []),
+        ({}, None, []),
+        (["a"], None, []),
+        (None, None, []),
+    ],
+    ids=str,
+)
+def test_type_and_classes_are_names_or_absent(tmp_path, config, model_type, architectures):
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    assert model_type_of(str(tmp_path)) == model_type
+    assert architectures_of(str(tmp_path)) == architectures
