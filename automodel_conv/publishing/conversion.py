@@ -35,6 +35,7 @@ from automodel_conv.planning.kept_codes import keep_codes
 from automodel_conv.planning.layouts import PER_EXPERT, get_layout, holds_grouped_experts
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.quantization import quantized_table
+from automodel_conv.planning.schemes import read_config
 from automodel_conv.planning.unmarked import unsplit_experts_error
 from automodel_conv.publishing.saved import specs_of, with_dtype
 from automodel_conv.upstream.from_config import meta_model
@@ -177,6 +178,7 @@ def compile_conversion(
             value_plan,
             lambda scales: plan_for(scales, None, produce_all=True)[0],
             lambda converted: quantized_table(converted, quantized.settings, where=quantized.path),
+            read_config(quantized.settings, quantized.path)[0].whole_name,
         )
     if layout == PER_EXPERT:
         _refuse_grouped(plan, model)

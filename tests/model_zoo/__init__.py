@@ -106,7 +106,7 @@ def equal_names() -> list[tuple[str, str]]:
 
 def zoo_names() -> list[str]:
     """Return all names that `build_model` accepts: converted types, then extras."""
-    return [*model_types_with_converters(), *extra_models()]
+    return list(dict.fromkeys([*model_types_with_converters(), *extra_models()]))
 
 
 def build_model(name: str, *, seed: int = 0, equal: str | None = None) -> PreTrainedModel:

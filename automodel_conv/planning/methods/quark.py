@@ -1,4 +1,4 @@
-"""The method of AMD Quark: MXFP4, FP8 of every block, MXFP8, NVFP4.
+"""The method of AMD Quark: MXFP4, FP8 of every block, MXFP8, NVFP4, INT8.
 
 A config has one description of weights for all layers, and others for layers that globs name. Each lists a dtype, how
 many elements share a scale (``qscheme``), and the format of the scales.
@@ -10,7 +10,7 @@ Sources: amd-quark 0.13, ``QTensorConfig.to_dict`` in ``torch/quantization/confi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from automodel_conv.planning.methods.method import (
@@ -26,9 +26,10 @@ from automodel_conv.planning.methods.method import (
     Scheme,
     UnsupportedScheme,
     block_of,
+    modules_of,
 )
 
-_FORMATS = {"fp8_e4m3": "e4m3", "fp8_e5m2": "e5m2", "fp4": "e2m1"}
+_FORMATS = {"fp8_e4m3": "e4m3", "fp8_e5m2": "e5m2", "fp4": "e2m1", "int8": "int8"}
 _VALUES = ("bfloat16", "float16", "float32")
 """Dtypes of weights that are stored as values."""
 _BLOCKS = ["per_tensor", "per_channel with ch_axis 0", "per_group along a row", "per_block"]
@@ -38,15 +39,19 @@ def _schemes(config: Mapping[str, Any]) -> list[Scheme]:
     stored = (config.get("export") or {}).get("weight_format", "real_quantized")
     if stored != "real_quantized":
         raise UnsupportedScheme(f"quark's weight_format {stored!r}", "real_quantized")
-    schemes = (_scheme(weight) for weight in _weights(config))
-    return list(dict.fromkeys(scheme for scheme in schemes if scheme is not None))
+    others = [config.get("global_quant_config"), *(config.get("layer_type_quant_config") or {}).values()]
+    names: dict[Scheme, list[str]] = {}
+    for name, layer in (config.get("layer_quant_config") or {}).items():
+        for scheme in _schemes_of([layer]):
+            names.setdefault(scheme, []).append(name)
+    stated = [scheme._replace(modules=modules_of(modules)) for scheme, modules in names.items()]
+    return [*dict.fromkeys(_schemes_of(others)), *stated]
 
 
-def _weights(config: Mapping[str, Any]) -> Iterator[Any]:
-    """Yield the description of the weights of each layer that has one."""
-    layers = (config.get(key) or {} for key in ("layer_quant_config", "layer_type_quant_config"))
-    described = [config.get("global_quant_config"), *(layer for by_name in layers for layer in by_name.values())]
-    yield from (layer["weight"] for layer in described if layer and layer.get("weight"))
+def _schemes_of(layers: Iterable[Mapping[str, Any] | None]) -> Iterator[Scheme]:
+    """Yield the scheme of each description of a layer whose weights are quantized."""
+    schemes = (_scheme(layer["weight"]) for layer in layers if layer and layer.get("weight"))
+    yield from (scheme for scheme in schemes if scheme is not None)
 
 
 def _scheme(weight: Any) -> Scheme | None:
@@ -63,6 +68,9 @@ def _scheme(weight: Any) -> Scheme | None:
         return Scheme("e2m1", _block(first), FP8_SCALES, global_scale=True)
     if first["dtype"] not in _FORMATS:
         raise UnsupportedScheme(f"quark's {stages}", [*_FORMATS])
+    if first["dtype"] == "int8" and (first.get("qscheme") == "per_group" or not first.get("symmetric")):
+        kind = "symmetric" if first.get("symmetric") else "asymmetric"
+        raise UnsupportedScheme(f"quark's {kind} int8 {first.get('qscheme')}", "symmetric int8 per_tensor, per_channel")
     return Scheme(_FORMATS[first["dtype"]], _block(first), _scales(first))
 
 
@@ -91,12 +99,14 @@ def _scales(weight: Mapping[str, Any]) -> frozenset[str]:
 QUARK = Method(
     name="quark",
     schemes=_schemes,
-    codes=(*FP8_CODES, Packing("", "U8", "e2m1")),
+    codes=(*FP8_CODES, Packing("", "U8", "e2m1"), Packing("", "I8", "int8")),
     # Layers that an export restores from an FP8 checkpoint keep its name, _scale_inv.
     scales=("_scale", "_scale_inv", ".weight_quantizer.scale"),
-    global_scale="_scale_2",
+    global_scale=("_scale_2",),
     dropped=(
+        "_zero_point",  # zeros, as integers are symmetric
         ".input_scale",
+        ".input_zero_point",
         ".input_scale_2",
         ".input_quantizer.scale",
         ".output_scale",
