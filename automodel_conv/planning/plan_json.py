@@ -170,5 +170,8 @@ def _reads_inside(decode: Decode, row: int, shapes: Sequence[tuple[int, ...]]) -
     grid_rows, grid_columns = -(-rows // decode.block[0]), -(-columns // decode.block[1])
     matrices = prod(lead)
     sizes = {matrices * grid_rows * grid_columns}, {-(-grid_rows // ZEROS_IN_I32) * grid_columns}, {1, matrices}
+    if decode.global_divisor is not None:
+        if decode.global_scale is None or prod(shapes[decode.global_divisor]) != prod(shapes[decode.global_scale]):
+            return False
     parts = decode.scales, decode.zero_points, decode.global_scale
     return all(part is None or prod(shapes[part]) in fitting for part, fitting in zip(parts, sizes, strict=True))

@@ -43,6 +43,8 @@ class ScaleKind(NamedTuple):
     """Whether values are rounded as transformers rounds them, not once."""
     has_global: bool
     """Whether there are global scales."""
+    has_divisor: bool
+    """Whether each global scale is divided by another value."""
     zero_points: tuple[int, int] | None
     """Number of packed rows of zero points, and index in the first of them (0 to 7) of the first row's zero point.
 
@@ -204,7 +206,7 @@ def _slab(
         nbytes += scale_count * (kind.row_bytes + TABLE_ROW_BYTES)
     elif kind.has_table_for_each_source:
         nbytes += BYTE_SCALES * kind.row_bytes
-    nbytes += GLOBAL_BYTES if kind.has_global else 0
+    nbytes += GLOBAL_BYTES * (kind.has_global + kind.has_divisor)
     nbytes += ZERO_POINT_BYTES * kind.zero_points[0] * source.grid_columns if kind.zero_points else 0
     rectangles = tuple(_rectangle(r, source, start, block_rows[0], kind, bool(moves)) for r in source_rectangles)
     return CodeSlab(
@@ -299,6 +301,7 @@ def _kind(source: CodedSource, block_rows: tuple[int, int]) -> ScaleKind:
         divides=decode.divides,
         like_upstream=decode.like_upstream,
         has_global=has_global,
+        has_divisor=decode.global_divisor is not None,
         zero_points=zero_points,
         grid=(last - first, source.grid_columns) if zero_points or has_global else None,
     )

@@ -68,7 +68,8 @@ source_strategy = st.fixed_dictionaries(
         "columns": st.sampled_from([2, 4, 8, 16, 24]),
         "block": st.tuples(st.sampled_from([1, 2, 3, 4, 16]), st.sampled_from([2, 4, 16, 1024])),
         "scales": st.sampled_from(list(SCALES)),
-        "has_global": st.booleans(),
+        "has_global": st.sampled_from([False, True, "each"]),
+        "has_divisor": st.booleans(),
         "view": st.lists(st.sampled_from(list(VIEWS)), min_size=1, max_size=2),
     }
 )

@@ -24,6 +24,10 @@ FORMATS = {
     "bf16 scales, a global scale for each matrix": dict(
         code_format="e2m1", scales="BF16", has_global="each", block=(2, 4)
     ),
+    "nvfp4, a quotient for each matrix": dict(
+        code_format="e2m1", scales="U8", has_global="each", has_divisor=True, block=(1, 4)
+    ),
+    "bf16 scales, a quotient": dict(code_format="e2m1", scales="BF16", has_global=True, has_divisor=True, block=(1, 2)),
     "int4 with zero points": dict(code_format="int4", scales="BF16", zero_points=True, block=(1, 4)),
     "int4 in blocks": dict(code_format="int4", scales="F32", zero_points=True, has_global=True, block=(3, 4)),
 }
@@ -65,7 +69,21 @@ class File:
         return len(self.names) - 1
 
 
-def add_source(file, random, name, *, code_format, matrices, rows, columns, block, scales, zero_points, has_global):
+def add_source(
+    file,
+    random,
+    name,
+    *,
+    code_format,
+    matrices,
+    rows,
+    columns,
+    block,
+    scales,
+    zero_points,
+    has_global,
+    has_divisor=False,
+):
     """Add a quantized source. Return its row, its ``Decode`` and its values in float64, flat."""
     bits = 8 if code_format == "e4m3" else 4
     codes = random.integers(0, 1 << bits, (matrices, rows, columns))
@@ -84,7 +102,7 @@ def add_source(file, random, name, *, code_format, matrices, rows, columns, bloc
             raw = (values.view(np.uint32) >> 16).astype(np.uint16)
             values = (raw.astype(np.uint32) << 16).view(np.float32)
     at = file.add(f"{name}.scales", scales, raw)
-    zeros_row = global_row = None
+    zeros_row = global_row = divisor_row = None
     zeros = np.full((down, across), 8)
     if zero_points:
         zeros = random.integers(0, 16, (down, across))
@@ -97,7 +115,11 @@ def add_source(file, random, name, *, code_format, matrices, rows, columns, bloc
         stored = random.normal(size=matrices if has_global == "each" else 1).astype(np.float32)
         common[:] = stored
         global_row = file.add(f"{name}.global", "F32", stored)
-    decode = Decode(code_format, (rows, columns), block, at, zeros_row, global_row)
+        if has_divisor:
+            divisor = random.normal(size=stored.shape).astype(np.float32)
+            common[:] = stored / divisor
+            divisor_row = file.add(f"{name}.divisor", "F32", divisor)
+    decode = Decode(code_format, (rows, columns), block, at, zeros_row, global_row, global_divisor=divisor_row)
     numbers = np.empty((matrices, rows, columns), np.float64)
     for m, r, c in np.ndindex(numbers.shape):
         cell = m * -(-rows // block[0]) + r // block[0], c // block[1]
@@ -184,6 +206,10 @@ def scale_at(memory: bytearray, start: int, dtype: str, index: int) -> float:
     return float(np.frombuffer(bytes(memory[start + 4 * index : start + 4 * index + 4]), np.float32)[0])
 
 
+def quotient(common: float, divisor: float) -> float:
+    return float(np.float32(common) / np.float32(divisor))
+
+
 def number_at(memory: bytearray, start: int, column: int, code_format: str, zero: int | None) -> float:
     """Return the value of a code, less its zero point, in a row of codes that starts at a byte."""
     if code_format == "e4m3":
@@ -204,6 +230,8 @@ def run_job(file: File, job: ReadAndCopy, written: Written) -> None:
         decode, scales, zeros = rectangle.decode, rectangle.scales, rectangle.zero_points
         assert rectangle.values_bytes % 4 == 0
         common = 1.0 if rectangle.global_bytes is None else scale_at(memory, rectangle.global_bytes, "F32", 0)
+        if rectangle.has_divisor:
+            common = quotient(common, scale_at(memory, rectangle.global_bytes, "F32", 1))
         for row, column in np.ndindex(rectangle.shape):
             block_row = rectangle.block_row + (rectangle.start[0] + row) // decode.block[0]
             block_column = rectangle.block_column + (rectangle.start[1] + column) // decode.block[1]
@@ -269,7 +297,10 @@ def _zero_of(memory: bytearray, group: ScaleGroup, source: int, index: int) -> i
 
 
 def _common_of(memory: bytearray, group: ScaleGroup, source: int) -> float:
-    return scale_at(memory, group.globals_bytes, "F32", source) if group.kind.has_global else 1.0
+    common = scale_at(memory, group.globals_bytes, "F32", source) if group.kind.has_global else 1.0
+    if group.kind.has_divisor:
+        return quotient(common, scale_at(memory, group.globals_bytes, "F32", group.sources + source))
+    return common
 
 
 class Case:
