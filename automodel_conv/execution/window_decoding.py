@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from automodel_conv.execution.buffers import dtype_of, strided
+from automodel_conv.execution.grids import in_code_order, unpacked_zeros
 from automodel_conv.kernels.address_table import Matrices, at_addresses
 from automodel_conv.kernels.code_tables import (
     byte_scale_table,
@@ -20,7 +21,6 @@ from automodel_conv.kernels.code_tables import (
 )
 from automodel_conv.kernels.dequantize_torch import dequantize_torch
 from automodel_conv.kernels.launch import Launches
-from automodel_conv.planning.copies import ZEROS_IN_I32
 from automodel_conv.schedule.code_slabs import BYTE_SCALES, Position, Rectangle, ScaleKind
 from automodel_conv.schedule.code_windows import ScaleGroup
 
@@ -89,7 +89,7 @@ class WindowDecoder:
             return self._byte_values[kind].repeat(count)
         dtype = _dtype(kind.scale_dtype)
         stored = _typed(window, group.scales_bytes, group.count, dtype if dtype.itemsize > 1 else torch.uint8)
-        scales = stored.view(group.table_groups, -1)[sources, rows].flatten()
+        scales = in_code_order(stored.view(group.table_groups, -1)[sources, rows].flatten(), kind.scale_word)
         return scales if dtype.itemsize > 1 else self._byte_values[kind].index_select(0, scales.to(torch.int32))
 
     def _table(self, group: ScaleGroup, window: Tensor) -> Tensor:
@@ -239,11 +239,11 @@ def _zero_points(group: ScaleGroup, window: Tensor, sources: slice, rows: slice)
     if kind.zero_points is None or kind.grid is None:
         return None
     (packed_rows, first), (_, grid_columns) = kind.zero_points, kind.grid
-    packed = _typed(window, group.zero_points_bytes, group.sources * packed_rows * grid_columns, torch.int32)
-    start, stop = first + rows.start // grid_columns, first + rows.stop // grid_columns
-    grid_rows = torch.arange(start, stop, dtype=torch.int32, device=window.device)
-    packed = packed.view(group.sources, packed_rows, grid_columns)[sources].index_select(1, grid_rows // ZEROS_IN_I32)
-    return packed.bitwise_right_shift((grid_rows % ZEROS_IN_I32 * 4)[:, None]).bitwise_and_(15).flatten()
+    packed_columns = kind.zero_packing.columns(grid_columns)
+    packed = _typed(window, group.zero_points_bytes, group.sources * packed_rows * packed_columns, torch.int32)
+    packed = packed.view(group.sources, packed_rows, packed_columns)[sources]
+    shape = (rows.stop - rows.start) // grid_columns, grid_columns
+    return unpacked_zeros(packed, kind.zero_packing, first + rows.start // grid_columns, shape).flatten()
 
 
 def _global_scales(group: ScaleGroup, window: Tensor, sources: slice, rows: slice) -> Tensor | None:

@@ -3,7 +3,7 @@
 transformers casts a tensor to the dtype of its parameter, but codes must be combined with their scales first. A
 quantizer does so by an operation in the rules that consumes both, or by parameters in the model that keep both.
 Otherwise transformers warns that the scales are unexpected keys, and silently loads parameters that are wrong by a
-factor. Source: transformers 5.23.0, ``convert_and_load_state_dict_in_model`` in ``core_model_loading.py``.
+factor. Source: transformers 5.24.0, ``convert_and_load_state_dict_in_model`` in ``core_model_loading.py``.
 """
 
 from __future__ import annotations

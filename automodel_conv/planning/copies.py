@@ -159,11 +159,19 @@ class Target(NamedTuple):
     copies: tuple[StridedCopy, ...]
     fallback: Fallback | None = None
     """Code of transformers that fills the target instead of copies."""
+    zero_rows: int = 0
+    """Number of the last rows (indices of the first dimension) that no copy fills, because they are zero."""
 
     @property
     def is_whole(self) -> bool:
         """Whether one copy moves everything in one run, so that a target of its source's size equals the source."""
-        return len(self.copies) <= 1 and all(c.box.is_run and len(c.ordinals) == 1 for c in self.copies)
+        is_run = len(self.copies) <= 1 and all(c.box.is_run and len(c.ordinals) == 1 for c in self.copies)
+        return is_run and not self.zero_rows
+
+    @property
+    def copied_numel(self) -> int:
+        """Number of elements that copies fill: all except those in rows of zeros, which come last."""
+        return prod(self.shape) - self.zero_rows * prod(self.shape[1:])
 
     @property
     def nbytes(self) -> int:
@@ -174,7 +182,28 @@ CODE_BITS = {"e4m3": 8, "e5m2": 8, "e2m1": 4, "int4": 4}
 """Bits per code in each format of codes; see ``quantization.py``."""
 
 ZEROS_IN_I32 = 8
-"""Number of zero points in an I32. They belong to consecutive rows, the first in the lowest bits."""
+"""Number of zero points in an I32, the first in the lowest bits."""
+
+
+class ZeroPacking(NamedTuple):
+    """How zero points are stored in a matrix of I32."""
+
+    by_columns: bool = False
+    """Whether the zero points of an element belong to consecutive columns of the grid, not to consecutive rows."""
+    added: int = 0
+    """Number that is added to an element, modulo ``2 ** 32``, before its zero points are read."""
+
+    def rows(self, first: int, last: int) -> tuple[int, int]:
+        """Return the first row that holds zero points of rows ``first`` to ``last`` of the grid, and the row after."""
+        return (first, last) if self.by_columns else (first // ZEROS_IN_I32, -(-last // ZEROS_IN_I32))
+
+    def skipped(self, first: int) -> int:
+        """Return the number of rows of the grid before row ``first`` that share its row of zero points."""
+        return 0 if self.by_columns else first % ZEROS_IN_I32
+
+    def columns(self, grid_columns: int) -> int:
+        """Return the number of columns that hold the zero points of a grid."""
+        return -(-grid_columns // ZEROS_IN_I32) if self.by_columns else grid_columns
 
 
 class Decode(NamedTuple):
@@ -202,6 +231,13 @@ class Decode(NamedTuple):
     """How the matrix is viewed as the weight."""
     like_upstream: bool = False
     """Whether values are rounded as transformers rounds them instead of once."""
+    zero_packing: ZeroPacking = ZeroPacking()
+    """How the zero points are stored, if there are any."""
+    scale_word: tuple[int, ...] = ()
+    """Sizes of the axes within a word of scales; codes are stored in the reverse order of these axes.
+
+    Empty if scales are stored in the order of the codes.
+    """
     global_divisor: int | None = None
     """Row of a tensor like the global scale, which divides it, if there is one.
 
@@ -214,9 +250,9 @@ class Decode(NamedTuple):
         return CODE_BITS[self.format]
 
     @property
-    def kind(self) -> tuple[object, ...]:
-        """All fields except the rows; sources of equal kinds are decoded the same way."""
-        return self.format, self.matrix, self.block, self.divides, self.arrangement, self.like_upstream
+    def kind(self) -> Decode:
+        """The same with the rows of no source; sources of equal kinds are decoded the same way."""
+        return self._replace(scales=0, zero_points=None, global_scale=None)
 
     @property
     def parts(self) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ their codes, so that the rest of planning needs no notion of quantization until 
 An element is ``value(code) * scale``. ``e4m3`` and ``e5m2`` are FP8 and ``e2m1`` is FP4. ``int4`` is an integer stored
 with 8 added, less the zero point if it has one. Scales are floats, or powers of two stored as one-byte exponents
 (``F8_E8M0``, and ``U8`` in MX formats), or FP8 values that a global scale multiplies or divides (NVFP4).
-Sources: OCP Microscaling Formats 1.0; transformers 5.23.0, ``integrations/finegrained_fp8.py`` and ``mxfp4.py``;
+Sources: OCP Microscaling Formats 1.0; transformers 5.24.0, ``integrations/finegrained_fp8.py`` and ``mxfp4.py``;
 compressed-tensors 0.20.0, ``compressors/*/base.py``.
 """
 
@@ -16,13 +16,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import ceil, prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from automodel_conv.dtypes import FLOATING
 from automodel_conv.errors import QuantizationError, listing, message
 from automodel_conv.planning.arrangement import PLAIN, Arrangement
 from automodel_conv.planning.code_names import NARROW
-from automodel_conv.planning.copies import ZEROS_IN_I32, Decode, SourceTable, Target
+from automodel_conv.planning.copies import Decode, SourceTable, Target
 from automodel_conv.planning.lowering import copies_of
 from automodel_conv.planning.methods.method import (
     ANY_MODULE,
@@ -78,10 +78,22 @@ def quantized_table(
     return matcher.decoded()
 
 
-def padding_suspects(stored: SourceTable, decoded: SourceTable, config: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
-    """Yield codes that may end in padding: ``(row, name of the tensor that holds the weight's true shape)``.
+class PaddingSuspect(NamedTuple):
+    """Codes whose rows may end in padding."""
 
-    Rows of codes may end in padding if one scale covers the whole row.
+    row: int
+    """Row of the codes."""
+    shape_name: str
+    """Name of the tensor that holds the true shape of the weight."""
+    codes_per_element: int
+    """Number of codes in an element. Fewer of them are padding."""
+
+
+def padding_suspects(stored: SourceTable, decoded: SourceTable, config: Mapping[str, Any]) -> Iterator[PaddingSuspect]:
+    """Yield codes whose rows may end in padding.
+
+    Rows of whole groups do not: compressed-tensors refuses to quantize others (compressed-tensors 0.20.1,
+    ``quantization/lifecycle/forward_helpers.py``).
 
     Args:
         stored: the checkpoint's tensors as stored.
@@ -90,13 +102,47 @@ def padding_suspects(stored: SourceTable, decoded: SourceTable, config: Mapping[
     """
     packings = [packing for packing in METHODS[config["quant_method"]].codes if packing.shape_suffix]
     for row, decode in decoded.decodes.items() if packings else ():
-        if decode.block[1] < decode.matrix[1]:
+        columns, group = decode.matrix[1], decode.block[1]
+        if group < columns and columns % group == 0:
             continue
         for packing in packings:
             if stored.dtypes[row] == packing.dtype and stored.names[row].endswith(packing.suffix):
                 shape_name = part_name(decoded.names[row], packing.shape_suffix)
                 if shape_name is not None:
-                    yield row, shape_name
+                    yield PaddingSuspect(row, shape_name, packing.codes_per_element)
+
+
+def without_padding(decoded: SourceTable, widths: Mapping[int, int]) -> SourceTable:
+    """Return a table whose weights have only the columns that are not padding.
+
+    Args:
+        decoded: the table.
+        widths: true number of columns, by row.
+    """
+    if not widths:
+        return decoded
+    decodes = {
+        row: decode._replace(arrangement=decode.arrangement._replace(width=widths[row])) if row in widths else decode
+        for row, decode in decoded.decodes.items()
+    }
+    return replace(decoded, decodes=decodes)
+
+
+def group_indices(decoded: SourceTable, config: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
+    """Yield the tensors, if they exist, that hold the group of each column of a weight.
+
+    Args:
+        decoded: the decoded table.
+        config: the ``quantization_config``.
+
+    Yields:
+        The name of the tensor, the number of columns of the weight, and the number of columns of a group.
+    """
+    suffix = METHODS[config["quant_method"]].group_index
+    for row, decode in decoded.decodes.items() if suffix else ():
+        name, shape = part_name(decoded.names[row], suffix), decode.arrangement.shape(decode.matrix)
+        if name is not None and shape is not None:
+            yield name, shape[1], decode.block[0] * shape[1] // max(1, decode.matrix[0])
 
 
 def arranged_plan(table: SourceTable) -> CopyPlan:
@@ -176,8 +222,9 @@ class _CodeMatcher:
         global_scales = self._part_rows(weight, self._method.global_scale)
         global_scale = global_scales[0] if global_scales else None
         global_divisor = self._part_row(weight, self._method.global_divisor)
-        others = [part for part in (zero_points, global_divisor) if part is not None]
-        self._hidden.update(scales, global_scales, others, self._part_rows(weight, self._method.dropped))
+        others = [zero_points, self._part_row(weight, self._method.group_index), global_divisor]
+        self._hidden.update(scales, global_scales, self._part_rows(weight, self._method.dropped))
+        self._hidden.update(part for part in others if part is not None)
         refused = self._part_rows(weight, self._method.refused) if self._method.refused else []
         several = next((parts for parts in (scales, global_scales) if len(parts) > 1), None)
         if several is not None:
@@ -212,6 +259,8 @@ class _CodeMatcher:
                     self._method.divides,
                     packing.arrangement,
                     self._like_upstream,
+                    scheme.zero_packing,
+                    packing.scale_word,
                     global_divisor,
                 )
         return True
@@ -236,14 +285,14 @@ class _CodeMatcher:
 
     def _report_unpaired_scales(self) -> None:
         """Report scales without codes: their writer meant something other than what a load would produce."""
-        suffixes = tuple(suffix for suffix in self._method.scales if suffix.startswith("_"))
-        suffixes = tuple(sorted(suffixes, key=len, reverse=True))
         code_suffixes = {packing.suffix for packing in self._method.codes}
+        suffixes = [suffix for suffix in self._method.scales if suffix.startswith("_") or "" not in code_suffixes]
+        suffixes = tuple(sorted(suffixes, key=len, reverse=True))
         for name, row in self._rows.items():
             if row in self._hidden or not name.endswith(suffixes):
                 continue
             suffix = next(suffix for suffix in suffixes if name.endswith(suffix))
-            weight = name.removesuffix(suffix)
+            weight = weight_name(name, suffix)
             candidates = self._part_rows(weight, {"", *code_suffixes})
             if any(candidate in self._reported for candidate in candidates):
                 continue
@@ -279,7 +328,8 @@ class _CodeMatcher:
     ) -> Scheme | None:
         """Return the scheme of the config that fits the parts of a weight, or report why none does and return None."""
         names, dtypes, shapes = self._table.names, self._table.dtypes, self._table.shapes
-        format = packing.format
+        format, (*lead, stored_rows, stored_columns) = packing.format, shape
+        described = str([*lead, *(packing.arrangement.shape((stored_rows, stored_columns)) or shape[-2:])])
         stated = self._stated.of(weight)
         allowed = [scheme for scheme in stated or self._schemes if scheme.format == format]
         if not allowed and stated:
@@ -298,7 +348,7 @@ class _CodeMatcher:
         if not fitting:
             wanted = " or ".join(dict.fromkeys(str(list(_scale_shapes(shape, scheme.block)[0])) for scheme in typed))
             difference = f"expected {wanted}, found {list(shapes[scales])}"
-            return self._report(row, f"{{}} of {{}} {list(shape)}: {difference}", names[scales], weight)
+            return self._report(row, f"{{}} of {{}} {described}: {difference}", names[scales], weight)
         for part, suffixes, flag, what in (
             (zero_points, (self._method.zero_points,), "zero_points", "zero points"),
             (global_scale, self._method.global_scale, "global_scale", "global scale"),
@@ -315,16 +365,19 @@ class _CodeMatcher:
             fitting = [scheme for scheme in fitting if scheme.modules == ANY_MODULE] or fitting
         if len({_within(scheme.block, shape) for scheme in fitting}) > 1:
             blocks = " and ".join(str(list(scheme.block)) for scheme in fitting)
-            kind = f"{{}} of {{}} {list(shape)} fits several blocks: {blocks}"
+            kind = f"{{}} of {{}} {described} fits several blocks: {blocks}"
             return self._report(row, kind, names[scales], weight)
         scheme = fitting[0]
         rows, columns = _within(scheme.block, shape)
-        # Whole groups leave no padding.
         if packing.shape_suffix and scheme.block[1] is not None and shape[-1] % scheme.block[1]:
-            kind = f"{{}} holds {shape[-1]} columns, not whole groups of {scheme.block[1]}"
-            return self._report(row, kind, names[row])
+            true_shape = part_name(weight, packing.shape_suffix) or packing.shape_suffix
+            if true_shape not in self._rows:
+                groups = f"{shape[-1]} columns, not whole groups of {scheme.block[1]}"
+                kind = f"{{}} holds {groups}, and no {{}} tells how many are padding"
+                return self._report(row, kind, names[row], true_shape)
         if zero_points is not None:
-            wanted = ceil(ceil(shape[-2] / rows) / ZEROS_IN_I32), ceil(shape[-1] / columns)
+            grid_rows, grid_columns = ceil(shape[-2] / rows), ceil(shape[-1] / columns)
+            wanted = scheme.zero_packing.rows(0, grid_rows)[1], scheme.zero_packing.columns(grid_columns)
             if len(shape) > 2 or (dtypes[zero_points], shapes[zero_points]) != ("I32", wanted):
                 difference = f"expected I32 {list(wanted)}, found {dtypes[zero_points]} {list(shapes[zero_points])}"
                 return self._report(row, f"{{}}: {difference}", names[zero_points])

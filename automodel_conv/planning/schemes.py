@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from automodel_conv.errors import QuantizationError, UnsupportedError, message
-from automodel_conv.planning.copies import CODE_BITS
 from automodel_conv.planning.methods.method import Method, Scheme, UnsupportedScheme
 from automodel_conv.planning.methods.table import METHODS
 
@@ -80,10 +79,6 @@ def read_config(config: Mapping[str, Any], where: str | None = None) -> tuple[Me
         )
     try:
         schemes = method.schemes(config)
-        for scheme in schemes:
-            bits, columns = CODE_BITS[scheme.format], scheme.block[1]
-            if columns is not None and columns * bits % 8:
-                raise UnsupportedScheme(f"groups of {columns} codes of {bits} bits", "an even number")
     except UnsupportedScheme as error:
         text = f"this quantization scheme is not supported: {error.what}"
         raise UnsupportedError(message(text, where=where, expected=error.expected, do=[KEEP])) from None

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from automodel_conv.dtypes import itemsize
 from automodel_conv.files.checkpoint import Checkpoint
-from automodel_conv.planning.copies import ZEROS_IN_I32, Decode
+from automodel_conv.planning.copies import Decode
 from automodel_conv.schedule.code_slabs import (
     BYTE_SCALES,
     TABLE_ROW_BYTES,
@@ -203,8 +203,9 @@ class _Window:
         for slab, _, decode, _ in placed_slabs:
             if decode.zero_points is not None and kind.zero_points is not None:
                 grid_columns = slab.scale_count // (slab.block_rows[1] - slab.block_rows[0])
-                nbytes = kind.zero_points[0] * grid_columns * ZERO_POINT_BYTES
-                offset_bytes = slab.block_rows[0] // ZEROS_IN_I32 * grid_columns * ZERO_POINT_BYTES
+                row_bytes = kind.zero_packing.columns(grid_columns) * ZERO_POINT_BYTES
+                nbytes = kind.zero_points[0] * row_bytes
+                offset_bytes = kind.zero_packing.rows(*slab.block_rows)[0] * row_bytes
                 self._read(checkpoint, decode.zero_points, offset_bytes, nbytes, at)
                 at += nbytes
         globals_bytes = at = align_up(at)

@@ -26,7 +26,7 @@ from automodel_conv.upstream.registry import transformers_available
 
 # Auto mappings for a config whose ``architectures`` name no class of its type. Models with more kinds of input come
 # first, and models with a head before bare ones. Older versions of transformers lack some.
-# Source: transformers 5.23.0, ``models/auto/modeling_auto.py``.
+# Source: transformers 5.24.0, ``models/auto/modeling_auto.py``.
 _DEFAULTS = (
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
     "MODEL_FOR_MULTIMODAL_LM_MAPPING",

@@ -115,8 +115,6 @@ def misfits():
         "signed codes": {"codes": [codes.view(torch.int8)]},
         "wide table rows": {"table_rows": [table_rows.long()]},
         "a row of blocks missing": {"table_rows": [table_rows[:-1]]},
-        "half a byte in a block": {"block": (2, 3)},
-        "begins within a byte": {"start": (0, 1)},
         "begins beyond the block": {"start": (2, 0)},
         "an empty block": {"block": (0, 4)},
         "a table of bytes": {"table": address_valued((3, 256), BF16)},

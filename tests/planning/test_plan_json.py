@@ -13,7 +13,7 @@ from automodel_conv.planning.copies import Decode, SourceTable, StridedCopy, Tar
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.quantization import quantized_table
 from tests.planning.oracles import addressed, execute
-from tests.planning.plans import experts_plan, plan_of, table, three_plans
+from tests.planning.plans import experts_plan, padded_plan, plan_of, table, three_plans
 
 
 def test_json_gives_an_equal_plan_back():
@@ -184,3 +184,12 @@ def test_json_shares_equal_copies():
     targets = [Target(f"t.{i}", "BF16", (4,), -1, (i,), copies) for i in range(50)]
     data = json.loads(plan_of(sources, targets).to_json())
     assert len(data["copies"]) == 1
+
+
+def test_rows_of_zeros_come_back_and_are_proved_again():
+    plan = padded_plan()
+    assert CopyPlan.from_json(plan.to_json()) == plan
+    data = json.loads(plan.to_json())
+    data["targets"][0][-1] = 2
+    with pytest.raises(CoverageError, match="padded"):
+        CopyPlan.from_json(json.dumps(data))

@@ -6,7 +6,7 @@ values that they decode to, exact in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -175,6 +175,59 @@ def modelopt_nvfp4(weight: Tensor) -> tuple[Stored, Tensor]:
     return {"": codes, "_scale": scales, "_scale_2": common, "_input_scale": torch.ones(())}, exact
 
 
+def int4_by_input(weight: Tensor, group: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Quantize in groups of input features, the first in its own group, as GPTQ and AWQ do.
+
+    Returns:
+        Codes ``[in, out]``, zero points and scales ``[groups, out]``, and values ``[out, in]``.
+    """
+    columns = weight.double().t()
+    groups = [columns[start : start + group] for start in range(0, len(columns), group)]
+    largest, least = torch.stack([part.amax(0) for part in groups]), torch.stack([(-part).amax(0) for part in groups])
+    scales = ((largest.abs().maximum(least.abs()) / 7) if symmetric else (largest + least) / 15).half()
+    zeros = torch.full(scales.shape, 8) if symmetric else (least / scales).round().clamp(0, 15).int()
+    of_row = torch.arange(len(columns)) // group
+    codes = ((columns / scales[of_row]).round() + zeros[of_row]).clamp(0, 15).int()
+    values = (codes - zeros[of_row]) * scales[of_row].double()
+    return codes, zeros.int(), scales, values.t()
+
+
+def in_words(codes: Tensor, order: Sequence[int] = range(8)) -> Tensor:
+    """Return I32 ``[rows, n / 8]`` of codes ``[rows, n]``: nibble ``k`` is column ``order[k]`` of eight."""
+    words = torch.zeros(len(codes), codes.shape[1] // 8, dtype=torch.int64)
+    for nibble, column in enumerate(order):
+        words |= codes[:, column::8].long() << 4 * nibble
+    return torch.where(words < 2**31, words, words - 2**32).to(torch.int32)
+
+
+def gptq(group_size: int, version: str = "gptq", symmetric: bool = True) -> Producer:
+    """Return GPTQ's format: words along the input features, zero points less one in version 1."""
+    config = {"quant_method": "gptq", "bits": 4, "group_size": group_size, "desc_act": False, "sym": symmetric}
+
+    def make(weight: Tensor) -> tuple[Stored, Tensor]:
+        group = weight.shape[1] if group_size == -1 else group_size
+        codes, zeros, scales, exact = int4_by_input(weight, group, symmetric)
+        packed_zeros = in_words(zeros) - (0x11111111 if version == "gptq" else 0)
+        groups = torch.arange(weight.shape[1], dtype=torch.int32) // group
+        stored = {".qweight": in_words(codes.t()).t(), ".qzeros": packed_zeros, ".scales": scales, ".g_idx": groups}
+        return stored, exact
+
+    return Producer(config | {"checkpoint_format": version}, make)
+
+
+def awq(group_size: int, **more: Any) -> Producer:
+    """Return AutoAWQ's format: words along the output features, in the order of its ``packing_utils.AWQ_ORDER``."""
+    config = {"quant_method": "awq", "bits": 4, "group_size": group_size, "zero_point": True, "version": "gemm"}
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+
+    def make(weight: Tensor) -> tuple[Stored, Tensor]:
+        group = weight.shape[1] if group_size == -1 else group_size
+        codes, zeros, scales, exact = int4_by_input(weight, group, symmetric=False)
+        return {".qweight": in_words(codes, order), ".qzeros": in_words(zeros, order), ".scales": scales}, exact
+
+    return Producer(config | more, make)
+
+
 INT4 = {"num_bits": 4, "type": "int"}
 FLOAT8 = {"num_bits": 8, "type": "float"}
 FLOAT4 = {"num_bits": 4, "type": "float"}
@@ -195,6 +248,12 @@ PRODUCERS: dict[str, Producer] = {
     "mxfp8 of compressed-tensors": compressed(
         "mxfp8-quantized", **FLOAT8, strategy="group", group_size=32, scale_dtype="torch.uint8"
     ),
+    "gptq": gptq(32),
+    "gptq v2": gptq(16, "gptq_v2", symmetric=False),
+    "gptq v1 with zero points": gptq(32, symmetric=False),
+    "gptq per channel": gptq(-1),
+    "awq": awq(32),
+    "awq per channel": awq(-1),
     "nvfp4": compressed("nvfp4-pack-quantized", 700.0, **FLOAT4, strategy="tensor_group", group_size=16),
     "nvfp4 of modelopt": Producer({"quant_method": "modelopt", "quant_algo": "NVFP4"}, modelopt_nvfp4),
     "mxfp4 of compressed-tensors": compressed(

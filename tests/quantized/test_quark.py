@@ -128,6 +128,29 @@ def test_layers_have_the_weights_that_the_config_gives_them(tmp_path):
         assert_bytes_equal(loaded[key], rounded(values.numpy(), BF16))
 
 
+def test_layers_by_name_decide_where_two_schemes_fit(tmp_path):
+    """Check blocks of 12 and of 16 rows, both two of 20; and a layer that has another scheme than the config states."""
+    layers = {"layers.*.b": {"weight": PER_BLOCK}, "layers.0.c": {"weight": MXFP4}}
+    settings = config(PER_BLOCK | {"block_size": [12, 32]}, layer_quant_config=layers)
+    codes = torch.randn(20, 32).to(torch.float8_e4m3fn)
+    stored = {f"layers.0.{name}.weight": codes.clone() for name in "abc"}
+    stored |= {f"layers.0.{name}.weight_scale": torch.tensor([[1.0], [2.0]]) for name in "ab"}
+    stored["layers.0.c.weight_scale"] = torch.ones(20, 1)
+
+    def load(*names):
+        kept = {name: tensor for name, tensor in stored.items() if name.split(".")[2] in names}
+        save_file(kept, tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text(json.dumps({"quantization_config": settings}))
+        return amc.load_state_dict(tmp_path, rules=[], dtype=torch.float32)
+
+    loaded = load("a", "b")
+    for name, rows in (("a", 12), ("b", 16)):
+        factors = torch.tensor([1.0] * rows + [2.0] * (20 - rows))[:, None]
+        assert_bytes_equal(loaded[f"layers.0.{name}.weight"], codes.float() * factors)
+    with pytest.raises(amc.QuantizationError, match=r"c\.weight has e4m3 codes; the config states e2m1 for its module"):
+        load("a", "b", "c")
+
+
 def test_fp8_layers_keep_the_name_of_their_scale(tmp_path):
     """Check layers that an export restores from an FP8 checkpoint, next to its own."""
     settings = config(MXFP4, layer_quant_config={"mtp.*": {"weight": PER_BLOCK}})
@@ -232,7 +255,7 @@ def changed(suffix, tensor):
         ("mxfp4", changed(".bias_scale", torch.ones(())), "has a quantized bias"),
         ("fp8 per tensor", changed("_scale", lambda scale: scale.expand(2).clone()), "found [2]"),
         ("fp8 per block", changed("_scale", lambda scale: scale[:, :1].clone()), "expected [2, 2], found [2, 1]"),
-        ("nvfp4", changed("_scale_2", None), "no scale of the whole tensor: no tensor is named"),
+        ("nvfp4", changed("_scale_2", None), "no global scale: no tensor is named"),
         ("nvfp4", changed("_scale", lambda scale: scale.view(torch.uint8)), "have scales of F8_E4M3"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -248,7 +271,7 @@ def test_parts_that_do_not_fit_are_one_error(tmp_path, name, change, text):
         lambda: amc.compile_plan(tmp_path),
         lambda: amc.convert_checkpoint(tmp_path, tmp_path / "made", layout="nemo", dequantize=True),
     ):
-        with pytest.raises(amc.QuantizationError, match="method quark, 1 problems") as caught:
+        with pytest.raises(amc.QuantizationError, match="method quark, 1 problem") as caught:
             door()
         assert text in str(caught.value)
         assert len(str(caught.value)) < 1000

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+import torch
 
 pytest.importorskip("transformers", reason="recipes return transformers' rule objects")
 
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+import automodel_conv as amc
 from automodel_conv.recipes import kimi_k2, kimi_k3
 from tests.quantized.producers import PRODUCERS
-from tests.recipes.support import CHECKS, DENSE, FLOAT32, PLAIN, Family, Others, write
+from tests.recipes.support import CHECKS, DENSE, FLOAT32, PLAIN, Family, Others, assert_same, write
 
 UNQUANTIZED = ["re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|gate_up|down)_proj.*"]
 
@@ -126,6 +132,35 @@ FAMILIES = {
     "K2-Thinking, INT4": k2("int4 g32"),
     "K3, MXFP4": k3(),
 }
+
+
+def test_k2_fills_a_model_of_deepseek_v3_without_a_recipe(tmp_path):
+    sizes = {"q_lora_rank": 16, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+    config = DeepseekV3Config(
+        **sizes,
+        hidden_size=24,
+        intermediate_size=40,
+        moe_intermediate_size=12,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_hidden_layers=2,
+        first_k_dense_replace=1,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        vocab_size=32,
+    )
+    model = DeepseekV3ForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(written | {"model_type": "kimi_k2"}))
+    with torch.device("meta"):
+        filled = DeepseekV3ForCausalLM(config)
+    report = amc.load_model(filled, tmp_path)
+    loaded = amc.load_state_dict(tmp_path, rules=kimi_k2())
+    assert not report.missing_keys
+    assert_same(filled.state_dict(), model.state_dict())
+    assert_same(loaded, model.state_dict())
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)

@@ -1,6 +1,6 @@
 """The block-wise FP8 method of DeepSeek-V3 and the models that adopted it.
 
-Sources: transformers 5.23.0, ``FineGrainedFP8Config`` in ``utils/quantization_config.py`` and
+Sources: transformers 5.24.0, ``FineGrainedFP8Config`` in ``utils/quantization_config.py`` and
 ``integrations/finegrained_fp8.py``; the files of DeepSeek-V3, Qwen3-FP8, MiniMax-M2 (``_scale_inv``), DeepSeek-V4
 (``.scale``; experts are FP4 in I8), Mistral (``.qscale_*``) and Qwen3.8-Flash-Next-FP8. Its n-gram embedding has shards
 (``ngram_embedding.shard_0.weight``) and one scale, ``ngram_embedding.weight_scale`` (vLLM pull request 53896).

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from automodel_conv.dtypes import BITS
 from automodel_conv.planning.arrangement import PLAIN, Arrangement
-from automodel_conv.planning.copies import CODE_BITS
+from automodel_conv.planning.copies import CODE_BITS, ZeroPacking
 
 _WILDCARDS = frozenset("*?[")
 
@@ -34,6 +34,8 @@ class Packing(NamedTuple):
     """Size of the last dimension if the tensor is ``[..., rows, groups, group]``; None if it is ``[..., rows, n]``."""
     arrangement: Arrangement = PLAIN
     """How the matrix of the codes is viewed as the weight."""
+    scale_word: tuple[int, ...] = ()
+    """Order of the scales; see ``Decode``."""
     shape_suffix: str = ""
     """Suffix of the tensor that holds the weight's shape, for packings whose rows may end in padding."""
 
@@ -60,7 +62,7 @@ class Packing(NamedTuple):
 
 
 Block = tuple[int | None, int | None]
-"""Number of rows and of columns that share a scale; None means all of them."""
+"""Number of rows and of columns of the stored matrix that share a scale; None means all of them."""
 
 
 class Modules(NamedTuple):
@@ -103,6 +105,8 @@ class Scheme(NamedTuple):
     """Whether the weight has zero points."""
     global_scale: bool = False
     """Whether the weight has a global scale."""
+    zero_packing: ZeroPacking = ZeroPacking()
+    """How the zero points are stored, if there are any."""
     modules: Modules = ANY_MODULE
     """Modules that the config states the scheme for. It decides between schemes that fit the parts of a weight, and a
     weight of these modules must fit one of their schemes. Any other weight may have the scheme too."""
@@ -132,6 +136,8 @@ class Method:
     others. Its first group matches the component that numbers the shards of such a weight, which share that scale."""
     zero_points: str = ""
     """Suffix of zero points, an I32 tensor with ``ZEROS_IN_I32`` in an element."""
+    group_index: str = ""
+    """Suffix of the I32 tensor with the group of each column of the weight. Groups must be in order."""
     global_scale: tuple[str, ...] = ()
     """Suffixes of global scales: one F32, or one for each matrix of a stack. A weight has at most one of them."""
     divides: bool = False

@@ -10,7 +10,7 @@ Sources: amd-quark 0.13, ``QTensorConfig.to_dict`` in ``torch/quantization/confi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from automodel_conv.planning.methods.method import (
@@ -26,6 +26,7 @@ from automodel_conv.planning.methods.method import (
     Scheme,
     UnsupportedScheme,
     block_of,
+    modules_of,
 )
 
 _FORMATS = {"fp8_e4m3": "e4m3", "fp8_e5m2": "e5m2", "fp4": "e2m1"}
@@ -38,15 +39,19 @@ def _schemes(config: Mapping[str, Any]) -> list[Scheme]:
     stored = (config.get("export") or {}).get("weight_format", "real_quantized")
     if stored != "real_quantized":
         raise UnsupportedScheme(f"quark's weight_format {stored!r}", "real_quantized")
-    schemes = (_scheme(weight) for weight in _weights(config))
-    return list(dict.fromkeys(scheme for scheme in schemes if scheme is not None))
+    others = [config.get("global_quant_config"), *(config.get("layer_type_quant_config") or {}).values()]
+    names: dict[Scheme, list[str]] = {}
+    for name, layer in (config.get("layer_quant_config") or {}).items():
+        for scheme in _schemes_of([layer]):
+            names.setdefault(scheme, []).append(name)
+    stated = [scheme._replace(modules=modules_of(modules)) for scheme, modules in names.items()]
+    return [*dict.fromkeys(_schemes_of(others)), *stated]
 
 
-def _weights(config: Mapping[str, Any]) -> Iterator[Any]:
-    """Yield the description of the weights of each layer that has one."""
-    layers = (config.get(key) or {} for key in ("layer_quant_config", "layer_type_quant_config"))
-    described = [config.get("global_quant_config"), *(layer for by_name in layers for layer in by_name.values())]
-    yield from (layer["weight"] for layer in described if layer and layer.get("weight"))
+def _schemes_of(layers: Iterable[Mapping[str, Any] | None]) -> Iterator[Scheme]:
+    """Yield the scheme of each description of a layer whose weights are quantized."""
+    schemes = (_scheme(layer["weight"]) for layer in layers if layer and layer.get("weight"))
+    yield from (scheme for scheme in schemes if scheme is not None)
 
 
 def _scheme(weight: Any) -> Scheme | None:
@@ -94,7 +99,7 @@ QUARK = Method(
     codes=(*FP8_CODES, Packing("", "U8", "e2m1")),
     # Layers that an export restores from an FP8 checkpoint keep its name, _scale_inv.
     scales=("_scale", "_scale_inv", ".weight_quantizer.scale"),
-    global_scale="_scale_2",
+    global_scale=("_scale_2",),
     dropped=(
         ".input_scale",
         ".input_scale_2",
