@@ -178,7 +178,7 @@ class Target(NamedTuple):
         return nbytes(self.dtype, prod(self.shape))
 
 
-CODE_BITS = {"e4m3": 8, "e5m2": 8, "e2m1": 4, "int4": 4}
+CODE_BITS = {"e4m3": 8, "e5m2": 8, "e2m1": 4, "int4": 4, "int8": 8}
 """Bits per code in each format of codes; see ``quantization.py``."""
 
 ZEROS_IN_I32 = 8

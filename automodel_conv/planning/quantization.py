@@ -5,10 +5,11 @@ names, dtypes and shapes of its tensors. Both must agree. The result is a source
 their codes, so that the rest of planning needs no notion of quantization until the bytes are read.
 
 An element is ``value(code) * scale``. ``e4m3`` and ``e5m2`` are FP8 and ``e2m1`` is FP4. ``int4`` is an integer stored
-with 8 added, less the zero point if it has one. Scales are floats, or powers of two stored as one-byte exponents
-(``F8_E8M0``, and ``U8`` in MX formats), or FP8 values that a global scale multiplies or divides (NVFP4).
+with 8 added, less the zero point if it has one. ``int8`` is an integer in two's complement. Scales are floats, or
+powers of two stored as one-byte exponents (``F8_E8M0``, and ``U8`` in MX formats), or FP8 values that a global scale
+multiplies or divides (NVFP4).
 Sources: OCP Microscaling Formats 1.0; transformers 5.24.0, ``integrations/finegrained_fp8.py`` and ``mxfp4.py``;
-compressed-tensors 0.20.0, ``compressors/*/base.py``.
+compressed-tensors 0.20.1, ``compressors/*/base.py``.
 """
 
 from __future__ import annotations
@@ -329,7 +330,7 @@ class _CodeMatcher:
         """Return the scheme of the config that fits the parts of a weight, or report why none does and return None."""
         names, dtypes, shapes = self._table.names, self._table.dtypes, self._table.shapes
         format, (*lead, stored_rows, stored_columns) = packing.format, shape
-        described = str([*lead, *(packing.arrangement.shape((stored_rows, stored_columns)) or shape[-2:])])
+        described = [*lead, *(packing.arrangement.shape((stored_rows, stored_columns)) or shape[-2:])]
         stated = self._stated.of(weight)
         allowed = [scheme for scheme in stated or self._schemes if scheme.format == format]
         if not allowed and stated:

@@ -62,7 +62,7 @@ def decoded(file, decodes, moves, targets, limit, by_kernels=False):
 
 source_strategy = st.fixed_dictionaries(
     {
-        "code_format": st.sampled_from(["e4m3", "e2m1", "int4"]),
+        "code_format": st.sampled_from(["e4m3", "e2m1", "int4", "int8"]),
         "matrices": st.integers(1, 3),
         "rows": st.sampled_from([1, 3, 4, 6, 8, 12]),
         "columns": st.sampled_from([2, 4, 8, 16, 24]),

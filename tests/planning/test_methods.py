@@ -94,6 +94,11 @@ FLOAT8 = {"num_bits": 8, "type": "float"}
         ),
         (
             "compressed-tensors",
+            compressed("int-quantized", num_bits=8, type="int", strategy="channel"),
+            Scheme("int8", CHANNEL, FLOAT_SCALES),
+        ),
+        (
+            "compressed-tensors",
             compressed("float-quantized", **FLOAT8, strategy="channel"),
             Scheme("e4m3", CHANNEL, FLOAT_SCALES),
         ),
@@ -214,6 +219,7 @@ PER_GROUP = {"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "ch_axis"
     [
         (PER_TENSOR, Scheme("e4m3", TENSOR, FLOAT_SCALES)),
         (PER_TENSOR | {"dtype": "fp8_e5m2"}, Scheme("e5m2", TENSOR, FLOAT_SCALES)),
+        (PER_TENSOR | {"dtype": "int8", "symmetric": True}, Scheme("int8", TENSOR, FLOAT_SCALES)),
         ([PER_TENSOR], Scheme("e4m3", TENSOR, FLOAT_SCALES)),
         (PER_TENSOR | {"qscheme": "per_channel", "ch_axis": 0}, Scheme("e4m3", CHANNEL, FLOAT_SCALES)),
         (PER_TENSOR | {"qscheme": "per_block", "block_size": [128, 64]}, Scheme("e4m3", (128, 64), FLOAT_SCALES)),
@@ -229,7 +235,7 @@ PER_GROUP = {"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "ch_axis"
             Scheme("e2m1", (1, 16), FP8_SCALES, global_scale=True),
         ),
     ],
-    ids=str,
+    ids=lambda value: "" if isinstance(value, Scheme) else str(value),
 )
 def test_quark_describes_weights_by_their_dtype_and_scales(weight, scheme):
     assert METHODS["quark"].schemes(quark(weight)) == [scheme]
@@ -250,6 +256,8 @@ def test_quark_describes_layers_by_name():
     ("weight", "named"),
     [
         (PER_TENSOR | {"dtype": "uint2"}, "quark's uint2"),
+        (PER_TENSOR | {"dtype": "int8", "symmetric": False}, "quark's asymmetric int8 per_tensor"),
+        (PER_GROUP | {"dtype": "int8", "symmetric": True}, "quark's symmetric int8 per_group"),
         (PER_GROUP | {"dtype": "fp6_e3m2"}, "quark's fp6_e3m2"),
         (PER_GROUP | {"dtype": "mx"}, "quark's mx"),
         (PER_GROUP | {"scale_format": "e5m3"}, "quark's scales of e5m3"),

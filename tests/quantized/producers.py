@@ -114,7 +114,8 @@ def compressed(stored_format: str, divisor: float | None = None, **weights: Any)
         padded = weight.float().reshape(shape[0] // block[0], block[0], shape[1] // block[1], block[1])
         largest, least = padded.amax((1, 3)), padded.amin((1, 3))
         reach = torch.maximum(largest.abs(), least.abs())
-        top = {("int", 4): 7.5, ("float", 8): 448.0, ("float", 4): 6.0}[weights["type"], weights["num_bits"]]
+        tops = {("int", 4): 7.5, ("int", 8): 127.0, ("float", 8): 448.0, ("float", 4): 6.0}
+        top = tops[weights["type"], weights["num_bits"]]
         zeros = torch.zeros_like(reach, dtype=torch.int8)
         scales = reach / top
         if not weights.get("symmetric", True):
@@ -229,6 +230,7 @@ def awq(group_size: int, **more: Any) -> Producer:
 
 
 INT4 = {"num_bits": 4, "type": "int"}
+INT8 = {"num_bits": 8, "type": "int"}
 FLOAT8 = {"num_bits": 8, "type": "float"}
 FLOAT4 = {"num_bits": 4, "type": "float"}
 PRODUCERS: dict[str, Producer] = {
@@ -241,6 +243,8 @@ PRODUCERS: dict[str, Producer] = {
     "int4 g32": compressed("pack-quantized", **INT4, strategy="group", group_size=32),
     "int4 g32 with zero points": compressed("pack-quantized", **INT4, strategy="group", group_size=32, symmetric=False),
     "int4 per channel": compressed("pack-quantized", **INT4, strategy="channel"),
+    "int8 per channel": compressed("int-quantized", **INT8, strategy="channel"),
+    "int8 per tensor": compressed("naive-quantized", **INT8, strategy="tensor"),
     "fp8 per channel": compressed("float-quantized", **FLOAT8, strategy="channel"),
     "fp8 blocks of compressed-tensors": compressed(
         "float-quantized", **FLOAT8, strategy="block", block_structure=[32, 32]

@@ -52,7 +52,7 @@ def quantized(name, directory, producer=DIVIDING, model=None):
             stored[key] = tensor
             continue
         parts, exact[key] = producer.make(tensor)
-        stored |= {str(part_name(key, suffix)): part.contiguous() for suffix, part in parts.items()}
+        stored |= {part_name(key, suffix): part.contiguous() for suffix, part in parts.items()}
     save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"quantization_config": dict(producer.config)}))

@@ -12,7 +12,7 @@ import torch
 
 from automodel_conv.kernels.code_tables import CODE_VALUES, E8M0_VALUES
 from automodel_conv.planning.boxes import Box, Piece
-from automodel_conv.planning.copies import Decode, ZeroPacking
+from automodel_conv.planning.copies import CODE_BITS, Decode, ZeroPacking
 from automodel_conv.schedule.code_windows import CodeWindow, ScaleGroup
 from automodel_conv.schedule.jobs import Move, Read, ReadAndCopy
 
@@ -95,7 +95,7 @@ def add_source(
     has_divisor=False,
 ):
     """Add a quantized source. Return its row, its ``Decode`` and its values in float64, flat."""
-    bits = 8 if code_format == "e4m3" else 4
+    bits = CODE_BITS[code_format]
     codes = random.integers(0, 1 << bits, (matrices, rows, columns))
     if bits == 8:
         codes[codes % 128 == 127] = 3  # no NaN, which never equals itself
@@ -235,7 +235,7 @@ def quotient(common: float, divisor: float) -> float:
 
 def number_at(memory: bytearray, start: int, column: int, code_format: str, zero: int | None) -> float:
     """Return the value of a code, less its zero point, in a row of codes that starts at a byte."""
-    if code_format == "e4m3":
+    if CODE_BITS[code_format] == 8:
         return CODE_VALUES[code_format][memory[start + column]]
     code = memory[start + column // 2] >> 4 * (column % 2) & 15
     return CODE_VALUES[code_format][code] if zero is None else float(code - zero)
