@@ -64,7 +64,7 @@ def quantized_table(
     method, schemes = read_config(config, where)
     matcher = _CodeMatcher(table, method, schemes, like_upstream)
     matcher.match_all()
-    if schemes and not matcher.problems and not matcher.decodes:
+    if schemes and not matcher.problems and not matcher.decodes and not method.model_types:
         matcher.problems.add("no tensor has codes and a scale, though the config says that weights are quantized")
     if matcher.problems:
         number = len(matcher.problems)
@@ -176,7 +176,7 @@ class _CodeMatcher:
         self._method = method
         self._schemes = schemes
         self._stated = StatedSchemes(schemes)
-        self._like_upstream = like_upstream
+        self._like_upstream = like_upstream or method.like_upstream
         self._weights: dict[int, tuple[str, str, tuple[int, ...]]] = {}  # by row: name, dtype and shape of the weight
         self._reported: set[int] = set()  # rows that have a problem
         self._hidden = set(kv_cache_rows(table.names))
@@ -225,8 +225,10 @@ class _CodeMatcher:
         zero_points = self._part_row(weight, self._method.zero_points)
         global_scales = self._part_rows(weight, self._method.global_scale)
         global_scale = global_scales[0] if global_scales else None
-        others = [part for part in (zero_points, self._part_row(weight, self._method.group_index)) if part is not None]
-        self._hidden.update(scales, global_scales, others, self._part_rows(weight, self._method.dropped))
+        global_divisor = self._part_row(weight, self._method.global_divisor)
+        others = [zero_points, self._part_row(weight, self._method.group_index), global_divisor]
+        self._hidden.update(scales, global_scales, self._part_rows(weight, self._method.dropped))
+        self._hidden.update(part for part in others if part is not None)
         refused = self._part_rows(weight, self._method.refused) if self._method.refused else []
         several = next((parts for parts in (scales, global_scales) if len(parts) > 1), None)
         if several is not None:
@@ -245,6 +247,8 @@ class _CodeMatcher:
                 self._report(row, f"{{}} has the shape {stored_shape}, not {packing.form}", name)
                 return True
             scheme = self._scheme(row, weight, packing, shape, scales[0], zero_points, global_scale)
+            if scheme is not None and not self._divisor_fits(row, weight, global_scale, global_divisor):
+                return True
             if scheme is not None:
                 scale_dtype, (rows, columns) = self._table.dtypes[scales[0]], shape[-2:]
                 if scheme.block == TENSOR and prod(self._table.shapes[scales[0]]) == 1:
@@ -263,8 +267,27 @@ class _CodeMatcher:
                     self._like_upstream,
                     scheme.zero_packing,
                     packing.scale_word,
+                    global_divisor,
                 )
         return True
+
+    def _divisor_fits(self, row: int, weight: str, global_scale: int | None, divisor: int | None) -> bool:
+        """Return whether a weight has a divisor like its global scale, or neither; report it if not."""
+        names, dtypes, shapes = self._table.names, self._table.dtypes, self._table.shapes
+        suffix = self._method.global_divisor
+        if not suffix or global_scale is divisor is None:
+            return True
+        if divisor is None:
+            self._report(row, "{} has no divisor of its global scale: no tensor is named {}", weight, weight + suffix)
+        elif global_scale is None:
+            self._report(row, "{} has no global scale to divide", names[divisor])
+        elif (dtypes[divisor], shapes[divisor]) != ("F32", shapes[global_scale]):
+            wanted = f"F32 {list(shapes[global_scale])} like {{}}"
+            kind = f"{{}}: expected {wanted}, found {dtypes[divisor]} {list(shapes[divisor])}"
+            self._report(row, kind, names[divisor], names[global_scale])
+        else:
+            return True
+        return False
 
     def _report_unpaired_scales(self) -> None:
         """Report scales without codes: their writer meant something other than what a load would produce."""

@@ -50,6 +50,11 @@ def kv_cache_rows(names: Iterable[str]) -> list[int]:
     ]
 
 
+def implied_config(model_type: str | None) -> dict[str, Any] | None:
+    """Return the settings of checkpoints of a model type whose configs do not mention their quantization, or None."""
+    return next(({"quant_method": name} for name, method in METHODS.items() if model_type in method.model_types), None)
+
+
 def read_config(config: Mapping[str, Any], where: str | None = None) -> tuple[Method, list[Scheme]]:
     """Return the method of a ``quantization_config`` and all schemes that it allows.
 
@@ -69,7 +74,7 @@ def read_config(config: Mapping[str, Any], where: str | None = None) -> tuple[Me
             message(
                 f"the quantization method {name!r} is not supported",
                 where=where,
-                expected=f"one of {sorted(METHODS)}",
+                expected=f"one of {sorted(name for name, method in METHODS.items() if not method.model_types)}",
                 do=[KEEP],
             )
         )

@@ -128,6 +128,8 @@ class Method:
     """The value of ``quant_method`` in configs."""
     aliases: tuple[str, ...] = ()
     """Further values of ``quant_method`` that mean the same."""
+    model_types: tuple[str, ...] = ()
+    """Model types whose checkpoints have the method if their config mentions none. They may also be unquantized."""
     schemes: Callable[[Mapping[str, Any]], list[Scheme]]
     """Function that returns all schemes that a config allows, or none if only the KV cache is quantized. It raises
     ``UnsupportedScheme`` for a scheme that is not supported. A TypeError, ValueError, KeyError or AttributeError means
@@ -147,6 +149,10 @@ class Method:
     """Suffixes of global scales: one F32, or one for each matrix of a stack. A weight has at most one of them."""
     divides: bool = False
     """Whether the global scale divides the other scales. Otherwise it multiplies them."""
+    global_divisor: str = ""
+    """Suffix of a tensor like the global scale, which divides it; see ``Decode``."""
+    like_upstream: bool = False
+    """Whether values are always rounded as transformers rounds them, because its code alone defines the method."""
     dropped: tuple[str, ...] = ()
     """Suffixes of tensors that only a quantized forward pass needs."""
     refused: Mapping[str, str] = field(default_factory=dict)
