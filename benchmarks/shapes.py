@@ -20,6 +20,7 @@ from torch import nn
 
 from automodel_conv.cli.demo_process import fill_with_random_bits
 from automodel_conv.dtypes import dtype_code
+from benchmarks.full_size import write_header
 
 
 @dataclass(frozen=True)
@@ -198,20 +199,10 @@ def write_checkpoint(shape: Shape, directory: str) -> None:
 def write_sparse_checkpoint(shape: Shape, directory: str) -> None:
     """Write real headers over sparse files, which only use the disk space of their headers."""
     for file, specs in _begin(shape, directory).items():
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        stop = 0
-        for spec in sorted(specs):
-            start, stop = stop, stop + spec.nbytes
-            header[spec.name] = {
-                "dtype": dtype_code(spec.dtype),
-                "shape": spec.shape,
-                "data_offsets": [start, stop],
-            }
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        with open(os.path.join(directory, file), "wb") as out:
-            out.write(len(text).to_bytes(8, "little") + text)
-            out.truncate(8 + len(text) + stop)
+        write_header(
+            os.path.join(directory, file),
+            {spec.name: (str(dtype_code(spec.dtype)), spec.shape) for spec in sorted(specs)},
+        )
 
 
 def _begin(shape: Shape, directory: str) -> dict[str, list[TensorSpec]]:

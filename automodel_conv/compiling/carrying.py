@@ -19,7 +19,7 @@ from automodel_conv.compiling.to_model import loading_plan
 from automodel_conv.errors import NameProblems, UnsupportedError, listing, message
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.copies import Decode, SourceTable, Target
-from automodel_conv.planning.quantization import untransposed_plan
+from automodel_conv.planning.quantization import arranged_plan
 from automodel_conv.planning.wanted import TargetSpec
 
 
@@ -86,7 +86,7 @@ def carried_targets(
         NameProblems: a converted target has the name of a carried tensor.
     """
     others = frozenset(range(len(table.names))).difference(rows)
-    carried = untransposed_plan(replace(table, hidden=others)).targets
+    carried = arranged_plan(replace(table, hidden=others)).targets
     names = {target.name for target in converted}
     both = [target.name for target in carried if target.name in names]
     if both:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from automodel_conv.planning.arrangement import PLAIN
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.quantization import untransposed_plan
+from automodel_conv.planning.quantization import arranged_plan
 
 
-def untranspose_stages(table: SourceTable) -> list[CopyPlan]:
-    """Return the stage that transposes quantized sources stored transposed; an empty list if there are none."""
-    return [untransposed_plan(table)] if any(decode.stored_transposed for decode in table.decodes.values()) else []
+def arranging_stages(table: SourceTable) -> list[CopyPlan]:
+    """Return the stage that views quantized sources as their weights; an empty list if all are stored as weights."""
+    return [arranged_plan(table)] if any(decode.arrangement != PLAIN for decode in table.decodes.values()) else []
 
 
 def composed(stages: Sequence[CopyPlan]) -> CopyPlan:

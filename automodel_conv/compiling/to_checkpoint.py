@@ -10,7 +10,7 @@ from torch import nn
 
 from automodel_conv.compiling.expert_layouts import check_layout, experts_of, gated_by
 from automodel_conv.compiling.marks import layout_to_read
-from automodel_conv.compiling.stages import composed, untranspose_stages
+from automodel_conv.compiling.stages import arranging_stages, composed
 from automodel_conv.compiling.to_model import loading_plan
 from automodel_conv.errors import CoverageError, message
 from automodel_conv.files.checkpoint import Checkpoint
@@ -61,7 +61,7 @@ def saving_plan(
     rule_set = RuleSet(saving_rules(model, rules), model, reverse=True)
     experts = experts_of(model, layout)
     own = {path: as_layout(stated) for path, stated in experts.items()}
-    stages = untranspose_stages(table)
+    stages = arranging_stages(table)
     if stages:
         table = table_of(stages[-1].targets)
     if layout is not None:

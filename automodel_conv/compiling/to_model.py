@@ -24,7 +24,7 @@ from automodel_conv.compiling.expert_layouts import (
     refuse_no_experts,
     relaid_specs,
 )
-from automodel_conv.compiling.stages import composed, untranspose_stages
+from automodel_conv.compiling.stages import arranging_stages, composed
 from automodel_conv.dtypes import dtype_code
 from automodel_conv.planning.compiler import compile_targets
 from automodel_conv.planning.composition import table_of
@@ -44,6 +44,7 @@ from automodel_conv.planning.schemes import kv_cache_rows
 from automodel_conv.planning.unmarked import refuse_other_layouts, refuse_unknown_layout
 from automodel_conv.planning.wanted import AsStored, TargetSpec
 from automodel_conv.upstream.models import model_targets, tied_names
+from automodel_conv.upstream.per_expert_rules import per_expert_rules
 from automodel_conv.upstream.registry import (
     is_pretrained_model,
     key_renamings,
@@ -92,12 +93,13 @@ def loading_plan(
         UnsupportedError: the layout is unknown, or the model contradicts it.
     """
     objects = model_rules(model, key_mapping, quantizer) if rules is None else [*key_renamings(key_mapping), *rules]
-    rule_set = RuleSet(objects, model)
     has_targets = targets is not None
     if targets is None and model is not None and not produce_all:
         targets = model_targets(model, dtype)
     if model is not None or objects or layout is not None or source_layout is not None:
         table = plain_table(table, targets)
+    objects += [] if rules is not None else per_expert_rules(model, objects, table.names)
+    rule_set = RuleSet(objects, model)
     code = None if dtype is None else dtype_code(dtype)
     wanted = None if layout is None else get_layout(layout)
     incoming = None if source_layout in (None, PER_EXPERT) else get_layout(source_layout, PER_EXPERT)
@@ -117,7 +119,7 @@ def loading_plan(
     if targets is not None and not kv_cache_rows(targets):
         cache_rows = kv_cache_rows(table.names)
         table = replace(table, hidden=table.hidden.union(cache_rows)) if cache_rows else table
-    stages = untranspose_stages(table)
+    stages = arranging_stages(table)
     if stages:
         table = table_of(stages[-1].targets)
     if incoming is not None and source_layout is not None and not has_names_of(targets, source_layout):

@@ -1,8 +1,11 @@
-"""Refuse grouped experts under names of another layout, which transformers would replace by random experts."""
+"""Refuse experts under names that transformers has no rule for, and that it would replace by random experts.
+
+They are grouped experts of another layout, or per-expert tensors of a type that is published grouped.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from automodel_conv.errors import UnsupportedError, listing, message
@@ -15,7 +18,7 @@ from automodel_conv.planning.rules import Rules
 def refuse_other_names(
     model: Any, state_dict: Mapping[str, Any], names: Sequence[str], resolution: Resolution, rules: Rules
 ) -> None:
-    """Raise UnsupportedError if the model lacks experts, and tensors without a target have names of another layout.
+    """Raise UnsupportedError if the model lacks experts, and tensors without a target have other names of experts.
 
     transformers would report the experts as missing and initialize them.
 
@@ -26,24 +29,47 @@ def refuse_other_names(
         resolution: the assignment of the names to the parameters of the model.
         rules: the rules that assign them.
     """
-    foreign = [names[row] for row in resolution.unclaimed if layout_from_name(names[row]) is not None]
-    if not foreign:
+    unclaimed = [names[row] for row in resolution.unclaimed if ".experts." in names[row]]
+    if not unclaimed:
         return
     filled = {target for use in resolution.assignments for target in all_targets(rules, use.rule, use.target)}
     lacking = [name for name in model.state_dict() if ".experts." in f".{name}" and name not in filled]
-    if not lacking:
-        return
-    layout = layout_from_name(foreign[0])
-    do = [f'build the model and call load_model(model, path, source_layout="{layout}"), which needs no hook']
-    do.append(f'convert the files: convert_checkpoint(..., source_layout="{layout}", layout="{PER_EXPERT}")')
-    if not isinstance(state_dict[foreign[0]], Slice):
-        do = [f'pass the result of convert_state_dict(tensors, model, source_layout="{layout}") instead']
-    raise UnsupportedError(
+    foreign = [name for name in unclaimed if layout_from_name(name) is not None]
+    if foreign and lacking:
+        layout = layout_from_name(foreign[0])
+        do = [
+            f'build the model and call load_model(model, path, source_layout="{layout}"), which needs no hook',
+            f'convert the files: convert_checkpoint(..., source_layout="{layout}", layout="{PER_EXPERT}")',
+        ]
+        if not isinstance(state_dict[foreign[0]], Slice):
+            do = [f'pass the result of convert_state_dict(tensors, model, source_layout="{layout}") instead']
+        raise _refused(model, f"their names are those of the layout {layout!r}", lacking, foreign, do)
+    modules = {name.rpartition(".")[0] for name in lacking}
+    single = [name for name in unclaimed if _is_of_one_expert(name, modules)]
+    if single:
+        do = ["build the model and call load_model(model, path), which needs no hook"]
+        do.append("convert the files: convert_checkpoint(..., dequantize=True)")
+        if not isinstance(state_dict[single[0]], Slice):
+            do = ["pass the result of convert_state_dict(tensors, model) instead"]
+        raise _refused(model, "it has no rule that groups tensors of single experts for this type", lacking, single, do)
+
+
+def _is_of_one_expert(name: str, modules: Collection[str]) -> bool:
+    """Return whether a tensor belongs to one expert of a module, with or without a prefix of the module's name."""
+    path, _, rest = name.rpartition(".experts.")
+    path += ".experts"
+    if not rest.partition(".")[0].isdecimal():
+        return False
+    return any(path == module or path.endswith(f".{module}") or module.endswith(f".{path}") for module in modules)
+
+
+def _refused(model: Any, why: str, lacking: Sequence[str], names: Sequence[str], do: list[str]) -> UnsupportedError:
+    return UnsupportedError(
         message(
-            f"transformers would initialize the experts, because their names are those of the layout {layout!r}",
+            f"transformers would initialize the experts, because {why}",
             where=type(model).__name__,
             expected="\n" + listing(lacking, 3),
-            found="\n" + listing(foreign, 3),
+            found="\n" + listing(names, 3),
             do=do,
         )
     )

@@ -8,16 +8,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from automodel_conv.compiling.decoded import unpadded_table
 from automodel_conv.dtypes import dtype_code
 from automodel_conv.errors import CheckpointError, QuantizationError, UnsupportedError
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.integrations.hooked_files import Slice, checkpoint_of
 from automodel_conv.integrations.quantizers import PlainLoad, rounds_the_same
+from automodel_conv.planning.arrangement import PLAIN
 from automodel_conv.planning.complete_uses import RuleUse, whole_conversions
 from automodel_conv.planning.composition import table_of
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.quantization import quantized_table, untransposed_plan
+from automodel_conv.planning.quantization import arranged_plan, padding_suspects, quantized_table
+from automodel_conv.planning.schemes import implied_config
 from automodel_conv.planning.wanted import TargetSpec
 from automodel_conv.upstream.models import matching
 from automodel_conv.upstream.rules import RuleSet, natural_key
@@ -76,19 +79,21 @@ def plan_load(
         return None, {ALL: error.reason()}
     parameters = _parameters_of(model, load_config, tp_plan)
     sources = SourceTable.from_checkpoint(checkpoint)
-    if plain.config is not None:
+    config = plain.config or implied_config(getattr(model.config, "model_type", None))
+    if config is not None:
         try:
-            sources = quantized_table(sources, plain.config, like_upstream=True)
+            decoded = quantized_table(sources, config, like_upstream=True)
+            sources = unpadded_table(checkpoint, decoded, padding_suspects(sources, decoded, config))
         except (QuantizationError, UnsupportedError) as error:  # transformers may load it, or raises its own error
             return None, {ALL: error.reason()}
-    untransposing, untransposed, stored_rows = None, sources, range(len(sources.names))
-    if any(decode.stored_transposed for decode in sources.decodes.values()):
-        untransposing = untransposed_plan(sources)
-        untransposed = table_of(untransposing.targets)
-        stored_rows = [target.sources[0] for target in untransposing.targets]
+    arranging, arranged, stored_rows = None, sources, range(len(sources.names))
+    if any(decode.arrangement != PLAIN for decode in sources.decodes.values()):
+        arranging = arranged_plan(sources)
+        arranged = table_of(arranging.targets)
+        stored_rows = [target.sources[0] for target in arranging.targets]
     coded = {row for row, stored in enumerate(stored_rows) if stored in sources.decodes} if sources.decodes else set()
     specs = {name: parameter.spec for name, parameter in parameters.items()}
-    candidates, left = whole_conversions(untransposed, rules, specs, coded)
+    candidates, left = whole_conversions(arranged, rules, specs, coded)
     uses: list[RuleUse] = []
     for use in candidates:
         use = use._replace(rows=tuple(stored_rows[row] for row in use.rows))
@@ -104,9 +109,9 @@ def plan_load(
     if not uses:
         return None, left
     texts = tuple(rules.describe(row) for row in range(len(rules.converters)))
-    plan = CopyPlan(untransposed, tuple(target for use in uses for target in use.targets), texts)
+    plan = CopyPlan(arranged, tuple(target for use in uses for target in use.targets), texts)
     plan.validate()
-    plan = plan if untransposing is None else untransposing.then(plan)
+    plan = plan if arranging is None else arranging.then(plan)
     devices = {target.name: torch.device(parameters[target.name].device) for target in plan.targets}
     return PlannedLoad(plan, checkpoint, devices, consumed), left
 

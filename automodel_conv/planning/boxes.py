@@ -16,6 +16,13 @@ from itertools import pairwise
 from math import prod
 from typing import NamedTuple
 
+SPAN = 1 << 64
+"""Distance in elements between the first elements of consecutive sources in the address space that they share.
+
+Every source is shorter. In this address space a walk over sources is a dimension like any other, so that one piece can
+read thousands of sources.
+"""
+
 # Most steps of one dimension that become boxes of their own.
 _MOST_STEPS = 4096
 

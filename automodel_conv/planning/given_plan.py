@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from automodel_conv.errors import ConversionError, Message, NameProblems, UnsupportedError, kind_of, listing, message
+from automodel_conv.planning.arrangement import PLAIN
 from automodel_conv.planning.copies import Decode, Fallback, SourceTable
 from automodel_conv.planning.names import plain_names
 from automodel_conv.planning.plan import CopyPlan
@@ -191,18 +192,16 @@ class _Source(NamedTuple):
         """
         decode = table.decodes.get(row)
         if decode is not None and rows is not None:
-            scales, zero_points, global_scale = (
-                None if part is None else rows[part]
-                for part in (decode.scales, decode.zero_points, decode.global_scale)
-            )
-            decode = decode._replace(scales=scales, zero_points=zero_points, global_scale=global_scale)
+            decode = decode.with_part_rows([None if part is None else rows[part] for part in decode.part_rows])
         return _Source(table.dtypes[row], table.shapes[row], decode)
 
     def __str__(self) -> str:
         text = f"{self.dtype} {list(self.shape)}"
         if self.decode is None:
             return text
-        flags = [flag for flag in ("divides", "stored_transposed", "like_upstream") if getattr(self.decode, flag)]
+        flags = [flag for flag in ("divides", "like_upstream") if getattr(self.decode, flag)]
+        if self.decode.arrangement != PLAIN:
+            flags.insert(0, f"arranged {self.decode.arrangement}")
         return ", ".join([f"{text} of {self.decode.format} codes in blocks of {list(self.decode.block)}", *flags])
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from automodel_conv.planning.copies import SPAN, StridedCopy, by_source, group_copies
+from automodel_conv.planning.boxes import SPAN
+from automodel_conv.planning.copies import StridedCopy, by_source, group_copies
 from automodel_conv.planning.operations import OPERATIONS, Context, Inputs, Operation, single
 from automodel_conv.planning.values import LoweringError, Value
 

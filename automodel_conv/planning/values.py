@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
 
-from automodel_conv.planning.boxes import Box, NotAffine, Piece, chain, contiguous_strides, run_of
-from automodel_conv.planning.copies import SPAN
+from automodel_conv.planning.boxes import SPAN, Box, NotAffine, Piece, chain, contiguous_strides, run_of
 
 
 class LoweringError(Exception):

@@ -12,16 +12,14 @@ from typing import NamedTuple
 
 from automodel_conv.dtypes import itemsize
 from automodel_conv.errors import ConversionError, message
-from automodel_conv.planning.copies import ZEROS_IN_I32
+from automodel_conv.planning.copies import ZEROS_IN_I32, ZeroPacking
 from automodel_conv.schedule.code_rectangles import SourceRectangle, find_rectangles
-from automodel_conv.schedule.coded_source import CodedSource
+from automodel_conv.schedule.coded_source import GLOBAL_BYTES, CodedSource
 from automodel_conv.schedule.cutting import read_ranges, slabs
 from automodel_conv.schedule.jobs import ALIGN_BYTES, GAP_BYTES, Move, align_up
 
 BYTE_SCALES = 256
 """Number of different scales of one byte, so also of table rows for them."""
-GLOBAL_BYTES = 4
-"""Bytes of a global scale, F32."""
 ZERO_POINT_BYTES = 4
 """Bytes of an element of packed zero points, I32."""
 TABLE_ROW_BYTES = 4
@@ -44,19 +42,25 @@ class ScaleKind(NamedTuple):
     like_upstream: bool
     """Whether values are rounded as transformers rounds them, not once."""
     has_global: bool
-    """Whether each source has a global scale."""
+    """Whether there are global scales."""
+    has_divisor: bool
+    """Whether each global scale is divided by another value."""
     zero_points: tuple[int, int] | None
-    """Number of packed rows of zero points, and index in the first of them (0 to 7) of the first row's zero point.
+    """Number of rows of packed zero points, and number of rows of the grid to skip in them, ``ZeroPacking.skipped``.
 
     Both are those of one source. None if there are no zero points.
     """
+    zero_packing: ZeroPacking
+    """How zero points are stored."""
+    scale_word: tuple[int, ...]
+    """Order of the scales, see ``Decode``."""
     grid: tuple[int, int] | None
     """Rows and columns of the scales of a source, if each source has a global scale or zero points; else None."""
 
     @property
     def scale_is_table_row(self) -> bool:
-        """True if the byte of a scale is its table row: it has 256 values, and no zero point changes the row."""
-        return itemsize(self.scale_dtype) == 1 and self.zero_points is None
+        """True if the byte of a scale is its table row: it has 256 values, is in place, and has no zero point."""
+        return itemsize(self.scale_dtype) == 1 and self.zero_points is None and not self.scale_word
 
     @property
     def is_shared(self) -> bool:
@@ -126,6 +130,8 @@ class CodeSlab(NamedTuple):
     """Rows of blocks that the slab reaches into: the first, and the one after the last."""
     scale_count: int
     """Number of scales in these rows of blocks."""
+    global_bytes: int
+    """Offset of the slab's global scale among those of the source."""
     kind: ScaleKind
     rectangles: tuple[tuple[Rectangle, Position], ...]
     """Codes to decode; offsets of codes, scales and values count from those of the slab."""
@@ -153,11 +159,17 @@ def cut_into_slabs(source: CodedSource, moves: Sequence[Move], limit: int, in_pl
     Raises:
         ConversionError: ``limit`` is too small for this source.
     """
+    for _, _, in_section in slabs(moves, source.section, source.section):
+        yield from _cut_section(source, in_section, limit, in_place)
+
+
+def _cut_section(source: CodedSource, moves: Sequence[Move], limit: int, in_place: bool) -> Iterator[CodeSlab]:
+    """Cut one section of a source into slabs; the arguments are those of ``cut_into_slabs``."""
     in_place = in_place and all(find_rectangles(move, source) is not None for move in moves)
     for start, stop, parts in slabs(moves, _capacity(source, limit, in_place)):
         per_move = [find_rectangles(move, source) for move in parts] if in_place else []
         if None in per_move:  # the cut is between the two codes of a byte
-            yield from cut_into_slabs(source, parts, limit, in_place=False)
+            yield from _cut_section(source, parts, limit, in_place=False)
             continue
         if source.decode.bits == 4:  # widen to whole bytes
             start, stop = start - start % 2, stop + stop % 2
@@ -198,8 +210,8 @@ def _slab(
         nbytes += scale_count * (kind.row_bytes + TABLE_ROW_BYTES)
     elif kind.has_table_for_each_source:
         nbytes += BYTE_SCALES * kind.row_bytes
-    nbytes += GLOBAL_BYTES if kind.has_global else 0
-    nbytes += ZERO_POINT_BYTES * kind.zero_points[0] * source.grid_columns if kind.zero_points else 0
+    nbytes += GLOBAL_BYTES * (kind.has_global + kind.has_divisor)
+    nbytes += ZERO_POINT_BYTES * kind.zero_points[0] * source.zero_columns if kind.zero_points else 0
     rectangles = tuple(_rectangle(r, source, start, block_rows[0], kind, bool(moves)) for r in source_rectangles)
     return CodeSlab(
         codes=tuple(codes),
@@ -207,6 +219,7 @@ def _slab(
         codes_bytes=codes_bytes,
         block_rows=block_rows,
         scale_count=scale_count,
+        global_bytes=source.global_bytes(start),
         kind=kind,
         rectangles=rectangles,
         moves=moves,
@@ -259,16 +272,17 @@ def _capacity(source: CodedSource, limit: int, in_place: bool) -> int:
     elif kind.has_table_for_each_source:
         fixed_bytes += BYTE_SCALES * kind.row_bytes
     block_rows = decode.block[0]
-    fixed_bytes += (2 if decode.zero_points is None else 2 * ZEROS_IN_I32) * source.grid_columns * scale_bytes
+    rows_per_read = 1 if decode.zero_points is None or decode.zero_packing.by_columns else ZEROS_IN_I32
+    fixed_bytes += 2 * rows_per_read * source.grid_columns * scale_bytes
     element_bytes = decode.bits / 8 + scale_bytes * source.scales_per_element
     element_bytes += 0 if in_place else itemsize(source.dtype)
     capacity = int((limit - fixed_bytes) / element_bytes)
-    least = min(ALIGN_BYTES, source.numel)
+    least = min(ALIGN_BYTES, source.section)
     if capacity < least:
         name = source.checkpoint.names[source.row]
         expected = f"device_scratch_bytes of at least {2 * align_up(ceil(fixed_bytes + least * element_bytes))}"
         raise ConversionError(message(f"the scratch is too small to decode {name}", expected=expected, found=2 * limit))
-    if capacity >= source.numel:
+    if capacity >= source.section:
         return capacity
     for unit in (source.columns * block_rows, source.columns, ALIGN_BYTES):
         if capacity >= unit:
@@ -282,7 +296,8 @@ def _kind(source: CodedSource, block_rows: tuple[int, int]) -> ScaleKind:
     first, last = block_rows
     zero_points = None
     if decode.zero_points is not None:
-        zero_points = -(-last // ZEROS_IN_I32) - first // ZEROS_IN_I32, first % ZEROS_IN_I32
+        packed_first, packed_last = decode.zero_packing.rows(first, last)
+        zero_points = packed_last - packed_first, decode.zero_packing.skipped(first)
     has_global = decode.global_scale is not None
     return ScaleKind(
         format=decode.format,
@@ -292,6 +307,9 @@ def _kind(source: CodedSource, block_rows: tuple[int, int]) -> ScaleKind:
         divides=decode.divides,
         like_upstream=decode.like_upstream,
         has_global=has_global,
+        has_divisor=decode.global_divisor is not None,
         zero_points=zero_points,
+        zero_packing=decode.zero_packing,
+        scale_word=decode.scale_word,
         grid=(last - first, source.grid_columns) if zero_points or has_global else None,
     )

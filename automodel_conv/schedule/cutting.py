@@ -28,26 +28,33 @@ class Cuttable(Protocol):
 Cut = TypeVar("Cut", bound=Cuttable)
 
 
-def slabs(moves: Sequence[Cut], capacity: int) -> Iterator[tuple[int, int, list[Cut]]]:
+def slabs(moves: Sequence[Cut], capacity: int, section: int | None = None) -> Iterator[tuple[int, int, list[Cut]]]:
     """Cut a source into ranges of at most ``capacity`` elements, each with the parts of the moves that read it.
 
     No part reads outside its range, and an element that is read twice is in one range only. Moves are cut along the
     dimension that walks the source in the largest steps. A move is first split into its steps if they are wider than
     ``capacity``, or if it shares no cut with the other moves.
 
+    Args:
+        moves: the copies out of the source.
+        capacity: maximum elements of a range.
+        section: elements of a section of the source; if given, no range reaches into two sections.
+
     Yields:
         The first element of a range, the element after its last, and the parts of the moves.
     """
     start, stop = read_range(moves)
-    if stop - start <= capacity:
+    section = section or max(1, stop)
+    if stop - start <= capacity and start // section == (stop - 1) // section:
         yield start, stop, list(moves)
         return
     todo = list(moves)
     while todo:
         start = min(move.source_offset for move in todo)
-        cut = _common_cut(todo, start, start + capacity)
+        end = min(start + capacity, start - start % section + section)
+        cut = _common_cut(todo, start, end)
         if cut <= start:
-            near = [n for n, move in enumerate(todo) if move.source_offset < start + capacity]
+            near = [n for n, move in enumerate(todo) if move.source_offset < end]
             widest = max(near, key=lambda n: _walk(todo[n].box).width)
             todo[widest : widest + 1] = _split_into_steps(todo[widest])
             continue

@@ -1,7 +1,6 @@
 """Tests of the commands ``plan``, ``load`` and ``verify``: output, reads and exit codes."""
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import automodel_conv
 from automodel_conv.cli import demo
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.upstream.registry import transformers_available
+from benchmarks.full_size import write_header
 from tests.cli.support import GATE_UP, run, value
 
 HIDE = Path(__file__).parents[1] / "hide"
@@ -77,15 +77,7 @@ def big(tmp_path):
         "model-00002-of-00002.safetensors": {"norm.weight": ("F32", [1000, 250_000])},
     }
     for file, tensors in files.items():
-        header, stop = {}, 0
-        for name, (dtype, shape) in tensors.items():
-            start, stop = stop, stop + math.prod(shape) * {"F32": 4, "BF16": 2}[dtype]
-            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        with (tmp_path / file).open("wb") as out:
-            out.write(len(text).to_bytes(8, "little") + text)
-            out.truncate(8 + len(text) + stop)
+        write_header(tmp_path / file, tensors)
     weight_map = {name: file for file, tensors in files.items() for name in tensors}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return tmp_path

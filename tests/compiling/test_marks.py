@@ -14,7 +14,7 @@ from automodel_conv.errors import CheckpointError, UnsupportedError
 from automodel_conv.files.shards import DEFAULT_NAMING, LAYOUT_KEY, Naming
 from automodel_conv.planning.layouts import PER_EXPERT
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.quantization import untransposed_plan
+from automodel_conv.planning.quantization import arranged_plan
 from tests.compiling.support import Experts, Model, StatedExperts, table, tensors_of, write
 
 EXPERTS = {"experts.gate_up_proj": (2, 6, 4), "experts.down_proj": (2, 4, 3)}
@@ -27,7 +27,7 @@ def checkpoint_of(directory, layout=None, shapes=EXPERTS, file="model.safetensor
 
 
 def plan_of(shapes, dtype="BF16") -> CopyPlan:
-    return untransposed_plan(table(shapes, dtype))
+    return arranged_plan(table(shapes, dtype))
 
 
 @pytest.mark.parametrize("layout", ["transformers", "nemo", "gpt_oss", "vllm", PER_EXPERT])

@@ -2,7 +2,8 @@
 
 import pytest
 
-from automodel_conv.compiling.stages import composed, untranspose_stages, without_casts
+from automodel_conv.compiling.stages import arranging_stages, composed, without_casts
+from automodel_conv.planning.arrangement import TRANSPOSED
 from automodel_conv.planning.copies import Decode, Fallback, SourceTable, Target
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.rule_outputs import RuleOutputs
@@ -29,9 +30,9 @@ def test_stages_run_one_after_the_other():
 
 @pytest.mark.parametrize("shape", [(2, 3), (3, 3), (1, 1), (2, 4, 6)])
 def test_sources_that_are_stored_transposed_need_a_stage(shape):
-    decode = Decode("e4m3", shape[-2:], (1, 1), 1, stored_transposed=True)
+    decode = Decode("e4m3", shape[-2:], (1, 1), 1, arrangement=TRANSPOSED)
     sources = SourceTable(["w", "s", "b"], ["BF16", "F32", "F32"], [shape, shape, (2,)], {0: decode}, frozenset({1}))
-    (stage,) = untranspose_stages(sources)
+    (stage,) = arranging_stages(sources)
     *lead, rows, columns = shape
     assert [(target.name, target.shape) for target in stage.targets] == [("w", (*lead, columns, rows)), ("b", (2,))]
     results = execute(CopyPlan(sources, stage.targets), addressed(sources))
@@ -42,10 +43,10 @@ def test_sources_that_are_stored_transposed_need_a_stage(shape):
         ]
 
 
-def test_sources_in_the_wanted_orientation_need_no_stage():
+def test_sources_that_are_stored_as_weights_need_no_stage():
     decode = Decode("e4m3", (2, 3), (1, 1), 1)
-    assert untranspose_stages(SourceTable(["w", "s"], ["BF16", "F32"], [(2, 3)] * 2, {0: decode})) == []
-    assert untranspose_stages(SourceTable([], [], [])) == []
+    assert arranging_stages(SourceTable(["w", "s"], ["BF16", "F32"], [(2, 3)] * 2, {0: decode})) == []
+    assert arranging_stages(SourceTable([], [], [])) == []
 
 
 def test_casts_are_removed_where_all_sources_have_one_dtype():

@@ -6,6 +6,7 @@ from torch import nn
 
 from automodel_conv.compiling.to_model import loading_plan, shapes_to_make, without_tied
 from automodel_conv.errors import UnsupportedError
+from automodel_conv.planning.arrangement import TRANSPOSED
 from automodel_conv.planning.copies import Decode, SourceTable, Target
 from automodel_conv.planning.plan import CopyPlan
 from tests.compiling.support import Experts, Model, StatedExperts, table
@@ -53,7 +54,7 @@ def test_experts_are_brought_from_the_source_layout_to_that_of_the_model(experts
 
 
 def test_rows_of_problems_are_those_of_the_first_stage():
-    decode = Decode("e4m3", (2, 3), (1, 1), 1, stored_transposed=True)
+    decode = Decode("e4m3", (2, 3), (1, 1), 1, arrangement=TRANSPOSED)
     sources = SourceTable(["w", "s", "extra"], ["F32"] * 3, [(2, 3), (2, 3), (7,)], {0: decode}, frozenset({1}))
     linear = nn.Module()
     linear.w = nn.Parameter(torch.zeros(3, 2))

@@ -26,6 +26,7 @@ from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.quantization import quantized_table
 from automodel_conv.schedule.device import device_schedule
 from automodel_conv.testing import assert_bytes_equal
+from benchmarks.full_size import write_header
 from tests.execution.simulated import DeviceFault, SimulatedDevice
 from tests.execution.strict import NoSynchronization, StrictDevice, Synchronized, first_load, outside_of_modes
 from tests.execution.support import CONCATENATE, MERGE, columns, target
@@ -75,18 +76,10 @@ def write_sparse(directory, layers):
                 name = f"layers.{layer}.experts.{expert}.{part}.weight"
                 tensors[name] = ("F8_E4M3", (rows, cols))
                 tensors[f"{name}_scale_inv"] = (layers.scales, (-(-rows // 128), -(-cols // 128)))
-        header, at, file = {}, 0, f"model-{layer + 1:05d}.safetensors"
-        for name in sorted(tensors, key=lambda name: (-itemsize(tensors[name][0]), name)):
-            dtype, shape = tensors[name]
-            nbytes = itemsize(dtype) * prod(shape)
-            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + nbytes]}
-            at += nbytes
-            weight_map[name] = file
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        with open(directory / file, "wb") as out:
-            out.write(len(text).to_bytes(8, "little") + text)
-            out.truncate(8 + len(text) + at)
+        file = f"model-{layer + 1:05d}.safetensors"
+        names = sorted(tensors, key=lambda name: (-itemsize(tensors[name][0]), name))
+        write_header(directory / file, {name: tensors[name] for name in names})
+        weight_map |= dict.fromkeys(names, file)
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return open_checkpoint(directory)
 

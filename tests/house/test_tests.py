@@ -21,6 +21,7 @@ ELSEWHERE = {
     "planning/methods/method": "planning/test_methods.py",
     "planning/methods/modelopt": "planning/test_methods.py",
     "planning/methods/mxfp4": "planning/test_methods.py",
+    "planning/methods/quark": "planning/test_methods.py",
     "planning/methods/table": "planning/test_methods.py",
     "planning/rules": "upstream/test_rules.py",
     "planning/wanted": "planning/test_compiler.py",

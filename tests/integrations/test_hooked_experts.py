@@ -1,4 +1,4 @@
-"""Tests of grouped experts under names of another layout: refused under the hook instead of random experts."""
+"""Tests of experts under names that transformers has no rule for: refused under the hook instead of random experts."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, MixtralForCausalLM
 import automodel_conv as amc
 from automodel_conv.testing import assert_bytes_equal
 from tests.model_zoo import build_model, write_checkpoint
+from tests.quantized.per_expert import granite, write_per_expert
+from tests.quantized.producers import PRODUCERS
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +81,31 @@ def test_names_of_another_layout_are_left_out_if_the_model_has_its_experts(publi
         model = AutoModelForCausalLM.from_pretrained(source)
     assert done.loads[0].left_out == tuple(extra)
     same(model.state_dict(), AutoModelForCausalLM.from_pretrained(published).state_dict())
+
+
+@pytest.mark.parametrize("producer", [None, "fp8 per channel"])
+def test_per_expert_tensors_of_a_type_published_grouped_are_refused_and_the_advice_helps(tmp_path, producer):
+    model = granite()
+    source = tmp_path / "source"
+    write_per_expert(model, source, producer and PRODUCERS[producer])
+    with amc.accelerate_transformers() as done, pytest.raises(amc.UnsupportedError) as error:
+        AutoModelForCausalLM.from_pretrained(source)
+    assert done.loads == []
+    text = str(error.value)
+    assert "no rule that groups" in text
+    assert "model.layers.0.block_sparse_moe.experts.0.gate_proj.weight" in text.replace("down", "gate")
+    expected = amc.load_state_dict(source)
+    filled = granite()
+    amc.load_model(filled, source)
+    same(filled.state_dict(), expected)
+    amc.convert_checkpoint(source, tmp_path / "grouped", dequantize=producer is not None)
+    with amc.accelerate_transformers():
+        same(AutoModelForCausalLM.from_pretrained(tmp_path / "grouped").state_dict(), expected)
+
+
+def test_per_expert_tensors_of_layers_that_the_model_lacks_are_left_out(published, tmp_path):
+    extra = {"model.layers.9.mlp.experts.0.gate_proj.weight": torch.ones(4, 3)}
+    source = written(published, tmp_path / "made", "transformers", **extra)
+    with amc.accelerate_transformers() as done:
+        AutoModelForCausalLM.from_pretrained(source)
+    assert done.loads[0].left_out == tuple(extra)

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from automodel_conv.planning.boxes import Box, Piece
-from automodel_conv.planning.copies import SPAN, StridedCopy, by_source, group_copies, group_pieces, over_sources
+from automodel_conv.planning.boxes import SPAN, Box, Piece
+from automodel_conv.planning.copies import StridedCopy, by_source, group_copies, group_pieces, over_sources
 
 EXPERTS = 8192
 

@@ -395,7 +395,7 @@ def test_arguments_that_a_plan_decides_are_refused_in_one_error(mixtral, never_o
 PLANS_IN_FILES = ["path/to/plan.json", Path("plan.json"), ""]
 
 
-@pytest.mark.parametrize("plan", [3, b"{}", {"version": 3}, "{}", *PLANS_IN_FILES], ids=repr)
+@pytest.mark.parametrize("plan", [3, b"{}", {"version": 4}, "{}", *PLANS_IN_FILES], ids=repr)
 def test_invalid_plan_is_refused_before_anything_is_opened(mixtral, never_opened, plan):
     for load in (
         lambda: amc.load_state_dict(mixtral.path, plan=plan),

@@ -1,12 +1,14 @@
 """Tests of plans that keep codes and scales while weights are grouped: each code keeps its scale."""
 
 from contextlib import suppress
+from dataclasses import replace
 from math import prod
 
 import pytest
 
 from automodel_conv.errors import UnsupportedError
 from automodel_conv.planning import kept_codes, values
+from automodel_conv.planning.arrangement import PLAIN, TRANSPOSED
 from automodel_conv.planning.copies import SourceTable, Target
 from automodel_conv.planning.kept_codes import keep_codes
 from automodel_conv.planning.lowering import copies_of
@@ -66,6 +68,16 @@ def test_stacked_codes_have_stacked_scales(rows, columns):
     results = execute(plan, addressed(table))
     for suffix, numel in (("", rows * columns), ("_scale_inv", -(-rows // 2) * -(-columns // 2))):
         assert results[f"e.weight{suffix}"] == [(f"e.{e}.weight{suffix}", i) for e in range(2) for i in range(numel)]
+
+
+@pytest.mark.parametrize("arrangement", [TRANSPOSED, PLAIN._replace(width=3)], ids=str)
+def test_codes_that_are_arranged_cannot_be_kept(arrangement):
+    table = stored(4, 4)
+    decoded = quantized_table(table, FP8)
+    decodes = {row: decode._replace(arrangement=arrangement) for row, decode in decoded.decodes.items()}
+    plan_of = grouped_by(STACK)
+    with pytest.raises(UnsupportedError, match=r"e\.weight: codes and scales cannot be kept .*\n.* arranged as r w ->"):
+        keep_codes(table, replace(decoded, decodes=decodes), plan_of(decoded), plan_of, lambda joined: joined)
 
 
 def each_keeps_its_scale(plan, rows, columns, block):

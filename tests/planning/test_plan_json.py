@@ -50,9 +50,20 @@ def test_edited_sources_are_proved_again():
         CopyPlan.from_json(json.dumps(data))
 
 
+# Arrangements with words of 4 columns, an axis twice, an axis too few, words of no columns, more columns than stored.
+UNFIT = [
+    ((4,), (0,), (1, 2), None),
+    ((), (0, 0), (1,), None),
+    ((2,), (0,), (1,), None),
+    ((0,), (0,), (1, 2), None),
+    ((), (0,), (1,), 7),
+]
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("matrix", [8, 5]), ("block", [1, 2]), ("block", [0, 2]), ("scales", 0), ("zero_points", 1), ("global_scale", 1)],
+    [("matrix", [8, 5]), ("block", [1, 2]), ("block", [0, 2]), ("scales", 0), ("zero_points", 1), ("global_scale", 1)]
+    + [("arrangement", [list(word), list(rows), list(columns), width]) for word, rows, columns, width in UNFIT],
 )
 def test_edited_parts_of_quantized_sources_do_not_fit(field, value):
     stored = SourceTable(["w", "w_scale"], ["F8_E4M3", "F32"], [(8, 6), (2, 3)])
@@ -64,6 +75,21 @@ def test_edited_parts_of_quantized_sources_do_not_fit(field, value):
     data["decodes"][0][1][Decode._fields.index(field)] = value
     with pytest.raises(UnsupportedError, match="the parts of w do not fit"):
         CopyPlan.from_json(json.dumps(data))
+
+
+@pytest.mark.parametrize(("matrices", "fits"), [(1, True), (3, True), (2, False), (9, False)])
+def test_global_scale_is_one_or_one_for_each_matrix(matrices, fits):
+    names, dtypes = ["w", "w_weight_scale", "w_weight_scale_2"], ["U8", "F8_E4M3", "F32"]
+    config = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    sources = quantized_table(SourceTable(names, dtypes, [(3, 3, 16), (3, 3, 2), (3,)]), config)
+    target = Target("w", "BF16", (3, 3, 32), -1, (0,), group_pieces([Piece(0, Box((288,), (1,), (1,)), 0, 0)]))
+    data = json.loads(CopyPlan(sources, (target,)).to_json())
+    data["sources"][2][2] = [matrices]
+    if fits:
+        CopyPlan.from_json(json.dumps(data))
+    else:
+        with pytest.raises(UnsupportedError, match="the parts of w do not fit"):
+            CopyPlan.from_json(json.dumps(data))
 
 
 def test_copies_that_are_no_box_are_proved_piece_by_piece():

@@ -25,23 +25,26 @@ from tests.whole.test_memory_budget import torch_peak
 
 pytest.importorskip("transformers", reason="needs transformers, as compressed-tensors does")
 __all__ = ["calls", "first_load"]  # fixtures
-SCHEMES = ["fp8 32x16", "mxfp8", "int4 g32 with zero points", "nvfp4"]
+SCHEMES = ["fp8 32x16", "mxfp8", "int4 g32 with zero points", "nvfp4", "nvfp4 of modelopt, stacked", "gptq v2", "awq"]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
 def case(directory, scheme):
     """Write two weights; return a plan of each as it is and transposed, and the expected values."""
-    producer = PRODUCERS[scheme]
-    write(directory, producer, {"a.weight": weight(96, 128), "b.weight": weight(64, 224, seed=1)})
+    producer = PRODUCERS[scheme.removesuffix(", stacked")]
+    weights = {"a.weight": weight(96, 128), "b.weight": weight(64, 224, seed=1)}
+    if scheme.endswith(", stacked"):
+        weights = {name: value.unflatten(0, (4, -1)) for name, value in weights.items()}
+    write(directory, producer, weights)
     checkpoint = amc.open_checkpoint(directory)
     table = quantized_table(columns(checkpoint), producer.config)
     expected, targets = amc.load_state_dict(directory, rules=[], dtype=torch.float32), []
     for row in table.decodes:
-        name, value = table.names[row], leaf(0, table.shapes[row])
-        transposed = transpose(value, 0, 1)
+        name, value = table.names[row], table.decodes[row].arrangement.view(leaf(0, table.shapes[row]))
+        transposed = transpose(value, -2, -1)
         for label, leaves in ((name, value), (name + ".T", transposed)):
             targets.append(Target(label, "F32", leaves.shape, -1, (row,), group_pieces(leaves.pieces)))
-        expected[name + ".T"] = expected[name].T.contiguous()
+        expected[name + ".T"] = expected[name].mT.contiguous()
     plan = CopyPlan(table, tuple(targets))
     plan.validate()
     return checkpoint, plan, expected
@@ -71,7 +74,9 @@ def test_any_scratch_and_threads_decode_the_same_values(tmp_path, scheme, thread
 
 
 @pytest.mark.parametrize("budget", [1 << 18, 1 << 20])
-@pytest.mark.parametrize("scheme", ["fp8 128x128", "mxfp8", "int4 g32 with zero points", "fp8 per channel", "nvfp4"])
+@pytest.mark.parametrize(
+    "scheme", ["fp8 128x128", "mxfp8", "int4 g32 with zero points", "fp8 per channel", "nvfp4", "gptq"]
+)
 def test_torch_allocates_no_more_than_the_budget(tmp_path, scheme, budget):
     write(tmp_path, PRODUCERS[scheme], {"a.weight": weight(1024, 1024)})
     load = lambda: amc.load_state_dict(tmp_path, rules=[], threads=1, memory_budget=budget)  # noqa: E731

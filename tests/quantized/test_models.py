@@ -28,6 +28,7 @@ from transformers.quantizers import AutoHfQuantizer, HfQuantizer
 import automodel_conv as amc
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.host import load_to_host
+from automodel_conv.planning.methods.method import part_name
 from automodel_conv.planning.sharding import placed
 from automodel_conv.testing import assert_bytes_equal
 from tests.comparing import contents
@@ -51,7 +52,7 @@ def quantized(name, directory, producer=DIVIDING, model=None):
             stored[key] = tensor
             continue
         parts, exact[key] = producer.make(tensor)
-        stored |= {key + suffix: part.contiguous() for suffix, part in parts.items()}
+        stored |= {part_name(key, suffix): part.contiguous() for suffix, part in parts.items()}
     save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"quantization_config": dict(producer.config)}))

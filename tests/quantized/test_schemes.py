@@ -1,6 +1,7 @@
 """Tests of every scheme: files of its producers decode to values that are right to the last bit."""
 
 import json
+from math import prod
 
 import pytest
 import torch
@@ -54,6 +55,18 @@ def test_files_of_producers_are_decoded_and_rounded_once(tmp_path, name, wanted)
     assert loaded.keys() == exact.keys()
     for key, tensor in loaded.items():
         assert_bytes_equal(tensor, rounded(exact[key].numpy(), wanted))
+
+
+@pytest.mark.parametrize("shape", [(6, 10, 32), (3, 16, 16), (1, 1, 32), (5, 1, 16), (2, 2, 3, 64)], ids=str)
+def test_each_matrix_of_a_stack_has_its_own_global_scale(tmp_path, shape):
+    producer = PRODUCERS["nvfp4 of modelopt"]
+    stack = weight(prod(shape[:-1]), shape[-1]).view(shape) * torch.arange(1, shape[0] + 1).view(
+        -1, *[1] * (len(shape) - 1)
+    )
+    exact = write(tmp_path, producer, {"a.weight": stack})["a.weight"]
+    for scratch_bytes in (None, 4096):
+        loaded = amc.load_state_dict(tmp_path, rules=[], threads=1, scratch_bytes=scratch_bytes)
+        assert_bytes_equal(loaded["a.weight"], rounded(exact.numpy(), torch.bfloat16))
 
 
 @pytest.mark.parametrize("block", [(5, 4), (3, 16), (10, 32)], ids=str)

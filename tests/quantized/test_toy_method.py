@@ -14,7 +14,7 @@ from automodel_conv.execution.device import load_to_device
 from automodel_conv.planning.code_names import CodeNames, has_codes, packed_dtypes
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.methods.table import METHODS
-from automodel_conv.planning.quantization import quantized_table, untransposed_plan
+from automodel_conv.planning.quantization import arranged_plan, quantized_table
 from automodel_conv.testing import assert_bytes_equal
 from tests.execution.simulated import SimulatedDevice
 from tests.kernels.test_code_tables import rounded
@@ -91,7 +91,7 @@ def test_its_files_are_decoded(tmp_path, dtype, scratch_bytes):
 def test_its_files_are_decoded_on_a_device(tmp_path):
     tensors, exact = weights(1)
     checkpoint = amc.open_checkpoint(write(tmp_path, tensors))
-    plan = untransposed_plan(quantized_table(SourceTable.from_checkpoint(checkpoint), CONFIG))
+    plan = arranged_plan(quantized_table(SourceTable.from_checkpoint(checkpoint), CONFIG))
     buffers = allocate(plan.targets)
     limits = {"threads": 2, "scratch_bytes": 16384, "device_scratch_bytes": 1 << 16}
     load_to_device(plan, checkpoint, buffers, SimulatedDevice(0), backend="torch", **limits)
@@ -113,7 +113,7 @@ def test_its_codes_are_recognized_by_name(tmp_path):
         ({"a.nibbles": torch.zeros(7, 3, 4, dtype=torch.int16)}, "[7, 3, 4], not [..., rows, groups, 3]"),
         ({"a.nibbles": torch.zeros(7, 9, dtype=torch.int16)}, "[7, 9], not [..., rows, groups, 3]"),
         ({"b.weight_quads": torch.zeros(5, dtype=torch.int32)}, "[5], not [..., rows, columns]"),
-        ({"a.steps": torch.zeros(4, 2)}, "a.steps of a.weight [7, 36]: expected [4, 3], found [4, 2]"),
+        ({"a.steps": torch.zeros(4, 2)}, "a.steps of a.weight [36, 7]: expected [4, 3], found [4, 2]"),
         ({"a.steps": None}, "a.nibbles has no scale: no tensor is named a.steps"),
         ({"a.steps": torch.zeros(4, 3, dtype=torch.int32)}, "a.steps is I32; these int4 codes have scales of"),
         ({"a.weight": torch.zeros(36, 7)}, "a.weight is stored in addition to its codes, a.nibbles"),
@@ -134,7 +134,6 @@ def test_errors_of_its_files_are_named(tmp_path, changed, text):
     [
         ({"tile": [2]}, QuantizationError, "quantization_config of method toy is malformed"),
         ({"tile": [2, 0]}, QuantizationError, "0 is not the size of a block or group"),
-        ({"tile": [1, 9]}, UnsupportedError, "groups of 9 codes of 4 bits"),
         ({"style": "fancy"}, UnsupportedError, "this quantization scheme is not supported: toy's fancy"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -34,7 +34,7 @@ def carried_out(case, limit):
 def test_every_element_is_decoded_with_its_own_scale(name, view):
     case = Case()
     for _ in range(2):
-        case.add([view], matrices=2, rows=9, columns=12, **FORMATS[name])
+        case.add([view], matrices=2, rows=9, columns=16, **FORMATS[name])
     for limit in (20_000, 1 << 20):
         assert carried_out(case, limit) == case.expected
 
@@ -80,6 +80,33 @@ def test_byte_scales_with_a_global_scale_have_a_table_for_each_source():
     (group,) = window.groups.values()
     assert group.table_rows == 2 * 256
     assert carried_out(case, 1 << 20) == case.expected
+
+
+def test_each_matrix_with_a_global_scale_of_its_own_has_a_table():
+    case = Case()
+    for _ in range(2):
+        case.add(["transposed"], matrices=3, **FORMATS["nvfp4, a global scale for each matrix"])
+    case.add(["whole"], **FORMATS["mxfp4"] | {"has_global": True})
+    (window,) = windows_of(case, 1 << 20)
+    (group,) = window.groups.values()
+    assert (group.sources, group.table_rows) == (7, 7 * 256)
+    assert not window.moves
+    assert carried_out(case, 1 << 20) == case.expected
+
+
+def test_stack_with_global_scales_is_read_in_as_few_reads_as_one_without():
+    """Its matrices are decoded one by one, straight into the target, also if there are thousands of them."""
+    file = File()
+    codes = np.zeros((2000, 16, 64), np.uint8)
+    row = file.add("w", "U8", codes)
+    scales = file.add("s", "U8", np.ones((2000, 16, 8), np.uint8))
+    global_scale = file.add("g", "F32", np.ones(2000, np.float32))
+    decodes = {row: Decode("e2m1", (16, 128), (1, 16), scales, global_scale=global_scale)}
+    moves = {row: [Move(0, "BF16", run_of(2 * codes.size), 0, 0)]}
+    (window,) = code_windows(moves, file, decodes, 1 << 26, 0)
+    assert sorted(read.nbytes for read in window.reads) == [8000, codes.size // 8, codes.size]
+    ((rectangle, positions),) = window.rectangles.items()
+    assert (rectangle.shape, rectangle.in_window, len(positions)) == ((16, 128), False, 2000)
 
 
 def test_sources_of_several_kinds_share_a_window():

@@ -68,6 +68,30 @@ def test_matrices_of_whole_blocks_count_as_one():
     assert (source.matrix_rows, source.grid_rows) == (5, 3)
 
 
+@pytest.mark.parametrize(("matrices", "rows", "columns", "block"), GEOMETRIES)
+def test_matrices_with_global_scales_of_their_own_are_sections(matrices, rows, columns, block):
+    file = File()
+    file.add("w", "F8_E4M3", np.zeros((matrices, rows, columns), np.uint8))
+    file.add("globals", "F32", np.ones(matrices, np.float32))
+    source = CodedSource(0, Decode("e4m3", (rows, columns), block, 1, global_scale=1), file, "F32")
+    grid_rows = -(-rows // block[0])
+    assert source.section == rows * columns
+    assert (source.matrix_rows, source.grid_rows) == (rows, grid_rows)
+    for element in range(source.numel):
+        matrix, row, _ = coordinates(element, rows, columns)
+        assert source.block_row(element) == matrix * grid_rows + row // block[0]
+        assert source.global_bytes(element) == 4 * matrix
+
+
+def test_one_global_scale_makes_one_section():
+    file = File()
+    file.add("w", "F8_E4M3", np.zeros((3, 4, 6), np.uint8))
+    file.add("global", "F32", np.ones(1, np.float32))
+    source = CodedSource(0, Decode("e4m3", (4, 6), (2, 4), 1, global_scale=1), file, "F32")
+    assert (source.section, source.matrix_rows) == (72, 12)
+    assert {source.global_bytes(element) for element in range(72)} == {0}
+
+
 def test_codes_of_four_bits_are_counted_in_halves_of_bytes():
     file = File()
     file.add("w", "U8", np.zeros((2, 3, 4), np.uint8))

@@ -15,7 +15,7 @@ from automodel_conv.schedule.jobs import Move
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_slabs_hold_each_move_element_once_and_stay_small(data):
+def test_slabs_hold_each_move_element_once_and_stay_small_and_within_sections(data):
     size = st.integers(1, 6)
     moves = []
     for number in range(data.draw(st.integers(1, 3))):
@@ -25,6 +25,7 @@ def test_slabs_hold_each_move_element_once_and_stay_small(data):
         start = data.draw(st.integers(0, 9))
         moves.append(Move(number, "U8", Box(shape, strides, places), start, 0))
     capacity = data.draw(st.integers(1, 20))
+    section = data.draw(st.none() | st.integers(1, 20))
 
     def pairs(moves):
         elements = []
@@ -39,10 +40,11 @@ def test_slabs_hold_each_move_element_once_and_stay_small(data):
                 elements.append((move.target, write, read))
         return elements
 
-    cut = list(slabs(moves, capacity))
+    cut = list(slabs(moves, capacity, section))
     assert sorted(p for _, _, part in cut for p in pairs(part)) == sorted(pairs(moves))
     ends = [(start, stop) for start, stop, _ in cut]
     for start, stop, part in cut:
         assert stop - start <= capacity
+        assert section is None or start // section == (stop - 1) // section
         assert all(start <= read < stop for _, _, read in pairs(part))
     assert all(before[1] <= after[0] for before, after in itertools.pairwise(ends))
