@@ -18,6 +18,7 @@ ELSEWHERE = {
     "planning/methods/compressed_tensors": "planning/test_methods.py",
     "planning/methods/fbgemm_fp8": "planning/test_methods.py",
     "planning/methods/fp8": "planning/test_methods.py",
+    "planning/methods/fp8_with_modelopt": "planning/test_methods.py",
     "planning/methods/method": "planning/test_methods.py",
     "planning/methods/modelopt": "planning/test_methods.py",
     "planning/methods/mxfp4": "planning/test_methods.py",
