@@ -385,6 +385,6 @@ def _scale_shapes(shape: Sequence[int], block: Block) -> list[tuple[int, ...]]:
         shapes.append([*lead, grid_rows])
     if block == (None, None):
         shapes.append(lead)
-    elif lead:  # AMD Quark's scales of a stack
+    elif lead:  # the rows of blocks of all matrices, one below the other
         shapes.append([prod(lead) * grid_rows, grid_columns])
     return [tuple(scale_shape) for scale_shape in shapes]
