@@ -26,7 +26,7 @@ from automodel_conv.planning.methods.method import (
 
 # Keys are the format, type and bits in a config. Values are the format of the codes (see ``Decode``) and the dtypes of
 # the scales.
-_FORMATS: Mapping[Any, tuple[str, frozenset[str]]] = {
+_FORMATS: Mapping[tuple[Any, Any, Any], tuple[str, frozenset[str]]] = {
     ("pack-quantized", "int", 4): ("int4", FLOAT_SCALES),
     ("int-quantized", "int", 8): ("int8", FLOAT_SCALES),
     ("float-quantized", "float", 8): ("e4m3", FLOAT_SCALES),
@@ -52,7 +52,7 @@ def _scheme(weights: Mapping[str, Any], stored: Any) -> Scheme:
     kind, bits = weights.get("type"), weights.get("num_bits")
     known = _FORMATS.get((stored, kind, bits))
     if known is None:
-        expected = [f"{format} with {bits}-bit {kind} weights" for format, kind, bits in _FORMATS]
+        expected = [f"{stored} with {bits}-bit {kind} weights" for stored, kind, bits in _FORMATS]
         raise UnsupportedScheme(f"compressed-tensors' {stored} with {bits}-bit {kind} weights", expected)
     if weights.get("actorder") not in (None, False, "static", "weight"):  # "dynamic" is another word for "group"
         raise UnsupportedScheme("compressed-tensors' groups by activation order", "no actorder, or static or weight")
