@@ -216,7 +216,10 @@ class Decode(NamedTuple):
     format: str
     """Format of a code, a key of ``CODE_BITS``."""
     matrix: tuple[int, int]
-    """Rows and columns of the source's last two dimensions, as stored."""
+    """Rows and columns of the source's last two dimensions, as stored.
+
+    If all matrices of a stack share one scale, they count as one matrix.
+    """
     block: tuple[int, int]
     """Rows and columns that share a scale. The last blocks of a matrix may be smaller."""
     scales: int

@@ -167,6 +167,8 @@ def _reads_inside(decode: Decode, row: int, shapes: Sequence[tuple[int, ...]]) -
     if decode.format not in CODE_BITS or len(shapes[row]) < 2:
         return False
     *lead, rows, columns = shapes[row]
+    if decode.matrix == (prod(lead) * rows, columns):
+        lead, rows = [], decode.matrix[0]
     if decode.matrix != (rows, columns) or min(decode.block) < 1 or decode.arrangement.shape(decode.matrix) is None:
         return False
     grid_rows, grid_columns = -(-rows // decode.block[0]), -(-columns // decode.block[1])

@@ -36,7 +36,7 @@ from automodel_conv.planning.methods.method import (
     part_name,
     weight_name,
 )
-from automodel_conv.planning.methods.table import METHODS
+from automodel_conv.planning.methods.table import method_of
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.problem_kinds import ProblemKinds
 from automodel_conv.planning.schemes import KEEP, kv_cache_rows, read_config
@@ -101,7 +101,8 @@ def padding_suspects(stored: SourceTable, decoded: SourceTable, config: Mapping[
         decoded: ``quantized_table`` of ``stored`` and ``config``.
         config: the ``quantization_config``.
     """
-    packings = [packing for packing in METHODS[config["quant_method"]].codes if packing.shape_suffix]
+    method = method_of(config)
+    packings = [packing for packing in method.codes if packing.shape_suffix] if method is not None else []
     for row, decode in decoded.decodes.items() if packings else ():
         columns, group = decode.matrix[1], decode.block[1]
         if group < columns and columns % group == 0:
@@ -139,7 +140,8 @@ def group_indices(decoded: SourceTable, config: Mapping[str, Any]) -> Iterator[t
     Yields:
         The name of the tensor, the number of columns of the weight, and the number of columns of a group.
     """
-    suffix = METHODS[config["quant_method"]].group_index
+    method = method_of(config)
+    suffix = method.group_index if method is not None else ""
     for row, decode in decoded.decodes.items() if suffix else ():
         name, shape = part_name(decoded.names[row], suffix), decode.arrangement.shape(decode.matrix)
         if name is not None and shape is not None:
@@ -214,7 +216,8 @@ class _CodeMatcher:
         if not scales:
             if weight.endswith(self._method.scales):  # scales may be FP8 themselves
                 return False
-            if packing.suffix or dtype.startswith(NARROW) or weight.endswith("weight"):
+            is_codes = packing.suffix or dtype.startswith(NARROW) or weight.endswith("weight")
+            if is_codes or self._part_rows(weight, self._method.global_scale):
                 wanted = " or ".join(filter(None, (part_name(weight, scale) for scale in self._method.scales)))
                 self._report(row, "{} has no scale: no tensor is named {}", name, wanted)
                 return True
@@ -248,6 +251,8 @@ class _CodeMatcher:
                 return True
             if scheme is not None:
                 scale_dtype, (rows, columns) = self._table.dtypes[scales[0]], shape[-2:]
+                if scheme.block == TENSOR and prod(self._table.shapes[scales[0]]) == 1:
+                    rows *= prod(shape[:-2])
                 keeps_scale_dtype = scale_dtype in FLOATING and scale_dtype != "F32"
                 self._weights[row] = weight, scale_dtype if keeps_scale_dtype else "BF16", shape
                 self.decodes[row] = Decode(
@@ -258,7 +263,7 @@ class _CodeMatcher:
                     zero_points,
                     global_scale,
                     self._method.divides,
-                    packing.arrangement,
+                    scheme.stack_arrangement or packing.arrangement,
                     self._like_upstream,
                     scheme.zero_packing,
                     packing.scale_word,
@@ -333,6 +338,8 @@ class _CodeMatcher:
         described = [*lead, *(packing.arrangement.shape((stored_rows, stored_columns)) or shape[-2:])]
         stated = self._stated.of(weight)
         allowed = [scheme for scheme in stated or self._schemes if scheme.format == format]
+        if not lead:
+            allowed = [scheme for scheme in allowed if scheme.stack_arrangement is None]
         if not allowed and stated:
             others = " or ".join(sorted({scheme.format for scheme in stated}))
             return self._report(row, f"{{}} has {format} codes; the config states {others} for its module", names[row])
@@ -345,7 +352,7 @@ class _CodeMatcher:
             wanted = ", ".join(sorted({dtype for scheme in allowed for dtype in scheme.scales}))
             kind = f"{{}} is {dtypes[scales]}; these {format} codes have scales of {wanted}"
             return self._report(row, kind, names[scales])
-        fitting = [scheme for scheme in typed if shapes[scales] in _scale_shapes(shape, scheme.block)]
+        fitting = [scheme for scheme in typed if _fit(shapes[scales], shape, scheme.block)]
         if not fitting:
             wanted = " or ".join(dict.fromkeys(str(list(_scale_shapes(shape, scheme.block)[0])) for scheme in typed))
             difference = f"expected {wanted}, found {list(shapes[scales])}"
@@ -398,6 +405,11 @@ def _within(block: Block, shape: Sequence[int]) -> tuple[int, int]:
     return min(block[0] or rows, rows), min(block[1] or columns, columns)
 
 
+def _fit(scales: Sequence[int], shape: Sequence[int], block: Block) -> bool:
+    """Return whether scales of a shape fit a weight; one scale for each matrix of a stack may be one for all."""
+    return tuple(scales) in _scale_shapes(shape, block) or (block == TENSOR and prod(scales) == 1)
+
+
 def _scale_shapes(shape: Sequence[int], block: Block) -> list[tuple[int, ...]]:
     """Return the shapes that the scales of a weight may have, the most explicit first."""
     *lead, rows, columns = shape
@@ -406,8 +418,12 @@ def _scale_shapes(shape: Sequence[int], block: Block) -> list[tuple[int, ...]]:
     shapes = [[*lead, grid_rows, grid_columns]]
     if block[1] is None:
         shapes.append([*lead, grid_rows])
-    if block == (None, None):
+    if block == TENSOR:
         shapes.append(lead)
     elif lead:  # AMD Quark's scales of a stack
         shapes.append([prod(lead) * grid_rows, grid_columns])
+    if None not in block:
+        shapes.append([*lead, grid_rows, 1, grid_columns, 1])  # FP8_PB_WO of modelopt
+    if lead and prod(lead) == 1:
+        shapes += [scale_shape[len(lead) :] for scale_shape in shapes]  # modelopt leaves out leading dimensions of 1
     return [tuple(scale_shape) for scale_shape in shapes]

@@ -11,7 +11,8 @@ NVFP4 = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
 
 @pytest.mark.parametrize("name", METHODS)
 def test_method_is_that_of_the_config(name):
-    config = {"quant_method": name, "quant_algo": "FP8", "bits": 4}
+    algorithm = {"quant_algo": "FP8"} if name == "modelopt" else {}
+    config = {"quant_method": name, "bits": 4, **algorithm}
     assert read_config(config)[0] is METHODS[name]
 
 
@@ -49,6 +50,11 @@ def test_malformed_config_is_an_error_of_the_checkpoint(block):
         ("layers.0.self_attn.q_zero_point", True),
         ("layers.0.self_attn.k_cache.scale", True),
         ("layers.0.self_attn.q.scale", True),
+        ("layers.0.self_attn.k_proj.k_bias", True),
+        ("layers.0.self_attn.v_proj.v_bias", True),
+        ("layers.0.self_attn.v_proj.k_bias", False),
+        ("layers.0.self_attn.k_bias", False),  # a bias of attention
+        ("layers.0.self_attn.k_proj.bias", False),
         ("layers.0.self_attn.k_proj.weight_scale", False),
         ("layers.0.norm.scale", False),
         ("layers.0.bulk_scale", False),
