@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -135,7 +136,13 @@ FAMILIES = {
 
 
 def test_k2_fills_a_model_of_deepseek_v3_without_a_recipe(tmp_path):
-    sizes = {"q_lora_rank": 16, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+    sizes: dict[str, Any] = {
+        "q_lora_rank": 16,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+    }
     config = DeepseekV3Config(
         **sizes,
         hidden_size=24,
