@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
-from automodel_conv.errors import QuantizationError, message
-from automodel_conv.execution.reading import read_whole
+import torch
+
+from automodel_conv.errors import QuantizationError, UnsupportedError, message
+from automodel_conv.execution.reading import read_each, read_whole
 from automodel_conv.files.checkpoint import Checkpoint
-from automodel_conv.files.config import MODELOPT_NAME, quantization
+from automodel_conv.files.config import CONFIG_NAME, MODELOPT_NAME, Quantization, model_type_of, quantization
 from automodel_conv.planning.code_names import has_codes
 from automodel_conv.planning.copies import SourceTable
-from automodel_conv.planning.quantization import PaddingSuspect, padding_suspects, quantized_table, without_padding
-from automodel_conv.planning.schemes import KEEP
+from automodel_conv.planning.quantization import (
+    PaddingSuspect,
+    group_indices,
+    padding_suspects,
+    quantized_table,
+    without_padding,
+)
+from automodel_conv.planning.schemes import KEEP, implied_config
 
 
 def decoded_table(checkpoint: Checkpoint, needs_values: bool) -> SourceTable:
@@ -22,18 +31,33 @@ def decoded_table(checkpoint: Checkpoint, needs_values: bool) -> SourceTable:
 
     Raises:
         CheckpointError: ``config.json``, or modelopt's own file, is malformed.
+        UnsupportedError: see ``quantized_table``; or the columns of a group are not consecutive.
         QuantizationError: see ``quantized_table`` and ``unpadded_table``; or the checkpoint has codes and scales, no
             config describes them, and ``needs_values`` is true.
     """
     table = SourceTable.from_checkpoint(checkpoint)
-    config = quantization(checkpoint.directory)
+    config = quantization_of(checkpoint)
     if config is not None:
         decoded = quantized_table(table, config.settings, where=config.path)
+        _refuse_shuffled_groups(checkpoint, group_indices(decoded, config.settings))
         return unpadded_table(checkpoint, decoded, padding_suspects(table, decoded, config.settings))
     codes = has_codes(table) if needs_values else None
     if codes is not None:
         raise codes_without_config(codes, checkpoint)
     return table
+
+
+def quantization_of(checkpoint: Checkpoint) -> Quantization | None:
+    """Return how a checkpoint is quantized as its config states, or as its model type implies; None if neither does.
+
+    Raises:
+        CheckpointError: see ``decoded_table``.
+    """
+    stated = quantization(checkpoint.directory)
+    if stated is not None:
+        return stated
+    settings = implied_config(model_type_of(checkpoint.directory))
+    return None if settings is None else Quantization(settings, os.path.join(checkpoint.directory, CONFIG_NAME))
 
 
 def codes_without_config(codes: str, checkpoint: Checkpoint) -> QuantizationError:
@@ -83,3 +107,38 @@ def unpadded_table(checkpoint: Checkpoint, decoded: SourceTable, suspects: Itera
             raise QuantizationError(message(text, where=where, expected=expected, found=true_shape))
         widths[row] = int(true_shape[-1])
     return without_padding(decoded, widths)
+
+
+def _refuse_shuffled_groups(checkpoint: Checkpoint, indices: Iterable[tuple[str, int, int]]) -> None:
+    """Refuse weights whose groups are not consecutive columns, which is not supported.
+
+    A remote checkpoint is not checked, because its plan is compiled from headers only. A load checks it.
+
+    Args:
+        indices: see ``group_indices``.
+
+    Raises:
+        UnsupportedError: the columns of a group are not consecutive.
+    """
+    if checkpoint.is_remote:
+        return
+    rows = {
+        row: (columns, group) for name, columns, group in indices if (row := checkpoint.position.get(name)) is not None
+    }
+    in_order: dict[tuple[int, int], torch.Tensor] = {}
+    for row, (columns, group) in rows.items():
+        if (checkpoint.dtypes[row], checkpoint.shapes[row]) != ("I32", (columns,)):
+            stored = f"{checkpoint.dtypes[row]} {list(checkpoint.shapes[row])}"
+            raise _shuffled_groups(checkpoint.names[row], columns, group, stored)
+        in_order.setdefault((columns, group), torch.arange(columns, dtype=torch.int32) // group)
+    for row, stored in zip(rows, read_each(list(rows), checkpoint), strict=True):
+        expected = in_order[rows[row]]
+        if not torch.equal(stored, expected):
+            first = int((stored != expected).nonzero()[0])
+            raise _shuffled_groups(checkpoint.names[row], *rows[row], f"element {first} is {int(stored[first])}")
+
+
+def _shuffled_groups(name: str, columns: int, group: int, found: str) -> UnsupportedError:
+    text = "groups by activation order are not supported"
+    expected = f"I32 [{columns}], in which element i is i // {group}"
+    return UnsupportedError(message(text, where=name, expected=expected, found=found, do=[KEEP]))

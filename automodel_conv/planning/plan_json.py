@@ -12,7 +12,7 @@ import msgspec
 from automodel_conv.dtypes import BITS
 from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.planning.boxes import Box
-from automodel_conv.planning.copies import CODE_BITS, ZEROS_IN_I32, Decode, SourceTable, StridedCopy, Target
+from automodel_conv.planning.copies import CODE_BITS, Decode, SourceTable, StridedCopy, Target
 
 _VERSION = 4
 # Fields that JSON represents as they are.
@@ -167,10 +167,18 @@ def _reads_inside(decode: Decode, row: int, shapes: Sequence[tuple[int, ...]]) -
     if decode.format not in CODE_BITS or len(shapes[row]) < 2:
         return False
     *lead, rows, columns = shapes[row]
+    if decode.matrix == (prod(lead) * rows, columns):
+        lead, rows = [], decode.matrix[0]
     if decode.matrix != (rows, columns) or min(decode.block) < 1 or decode.arrangement.shape(decode.matrix) is None:
         return False
     grid_rows, grid_columns = -(-rows // decode.block[0]), -(-columns // decode.block[1])
+    if min(decode.scale_word, default=1) < 1 or grid_columns % prod(decode.scale_word):
+        return False
     matrices = prod(lead)
-    sizes = {matrices * grid_rows * grid_columns}, {-(-grid_rows // ZEROS_IN_I32) * grid_columns}, {1, matrices}
+    zero_rows, zero_columns = decode.zero_packing.rows(0, grid_rows)[1], decode.zero_packing.columns(grid_columns)
+    sizes = {matrices * grid_rows * grid_columns}, {zero_rows * zero_columns}, {1, matrices}
+    if decode.global_divisor is not None:
+        if decode.global_scale is None or prod(shapes[decode.global_divisor]) != prod(shapes[decode.global_scale]):
+            return False
     parts = decode.scales, decode.zero_points, decode.global_scale
     return all(part is None or prod(shapes[part]) in fitting for part, fitting in zip(parts, sizes, strict=True))

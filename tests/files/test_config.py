@@ -64,6 +64,13 @@ def test_modelopts_own_file_becomes_settings_of_transformers(write):
     }
 
 
+def test_modelopts_own_file_keeps_what_it_states_of_modules(write):
+    layers = {"a": {"quant_algo": "NVFP4", "group_size": 16}}
+    stated = {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers, "moe_quant_algo": "NVFP4"}
+    directory = write({"producer": {"name": "modelopt"}, "quantization": stated}, "hf_quant_config.json")
+    assert quantization_config(directory) == {"quant_method": "modelopt", **stated}
+
+
 @pytest.mark.parametrize("config", [[], {}, {"quantization": []}, {"producer": 1, "quantization": {}}], ids=str)
 def test_a_malformed_file_of_modelopt_is_named(write, config):
     with pytest.raises(CheckpointError, match=r"(?s)malformed.*hf_quant_config\.json"):

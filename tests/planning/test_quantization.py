@@ -298,7 +298,7 @@ def test_thousands_of_equal_problems_do_not_hide_another():
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        ({"quant_method": "gptq"}, "'gptq'"),
+        ({"quant_method": "hqq"}, "'hqq'"),
         ({}, "None"),
         ({"quant_method": ["fp8"]}, "fp8"),
         ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "W4A8_AWQ"),
@@ -307,12 +307,17 @@ def test_thousands_of_equal_problems_do_not_hide_another():
         (compressed(num_bits=4, type="int", strategy="group", group_size=32, actorder="group"), "activation order"),
         (compressed(num_bits=4, type="int", strategy="token"), "token"),
         (compressed(num_bits=4, type="int", strategy="group", group_size=32, actorder="dynamic"), "activation order"),
-        (compressed(num_bits=4, type="int", strategy="group", group_size=5), "groups of 5 codes"),
         (
             compressed("float-quantized", num_bits=8, type="float", strategy="channel", symmetric=False),
             "zero points of e4m3",
         ),
-        (compressed("int-quantized", num_bits=8, type="int", strategy="channel"), "int-quantized with 8-bit int"),
+        (compressed("int-quantized", num_bits=4, type="int", strategy="channel"), "int-quantized with 4-bit int"),
+        (compressed("pack-quantized", num_bits=8, type="int", strategy="channel"), "pack-quantized with 8-bit int"),
+        (compressed("mxfp6-pack-quantized", num_bits=6, type="float", strategy="group"), "mxfp6-pack-quantized"),
+        (
+            compressed("int-quantized", num_bits=8, type="int", strategy="channel", symmetric=False),
+            "zero points of int8",
+        ),
         (INT4 | {"transform_config": {"config_groups": {"R1": {"type": "hadamard"}}}}, "transforms"),
         (INT4 | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse-24-bitmask"),
     ],

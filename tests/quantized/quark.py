@@ -39,6 +39,7 @@ def weight(dtype: str, qscheme: str, **other: Any) -> dict[str, Any]:
 
 MXFP4 = weight("fp4", "per_group", ch_axis=-1, group_size=32, scale_format="e8m0", symmetric=None)
 PER_TENSOR = weight("fp8_e4m3", "per_tensor")
+INT8 = weight("int8", "per_tensor")
 PER_CHANNEL = weight("fp8_e4m3", "per_channel", ch_axis=0)
 PER_BLOCK = weight("fp8_e4m3", "per_block", block_size=[16, 32], scale_type="float32")
 MXFP8 = weight("fp8_e4m3", "per_group", ch_axis=-1, group_size=32, scale_format="e8m0")
@@ -67,6 +68,15 @@ def per_tensor(matrix: Tensor) -> tuple[Stored, Tensor]:
     scale = (matrix.float().abs().max() / 448).to(torch.bfloat16)
     codes = (matrix.float() / scale.float()).to(torch.float8_e4m3fn)
     return {"": codes, "_scale": scale, ".input_scale": torch.tensor(0.25)}, codes.double() * scale.double()
+
+
+def int8(matrix: Tensor) -> tuple[Stored, Tensor]:
+    """Store one float32 scale and zero points of zero, as Quark does although its integers are symmetric."""
+    scale = matrix.float().abs().max() / 127
+    codes = (matrix.float() / scale).round().to(torch.int8)
+    zero = torch.zeros((), dtype=torch.int8)
+    parts = {"": codes, "_scale": scale, "_zero_point": zero, ".input_scale": scale * 2, ".input_zero_point": zero + 1}
+    return parts, codes.double() * scale.double()
 
 
 def per_channel(matrix: Tensor) -> tuple[Stored, Tensor]:
@@ -115,5 +125,6 @@ QUARK = {
     "mxfp8": Producer(config(MXFP8), exponents(1, torch.uint8)),
     "mxfp8 in blocks": Producer(config(MXFP8_BLOCKS), exponents(32, torch.float8_e8m0fnu)),
     "nvfp4": Producer(config(NVFP4), nvfp4),
+    "int8": Producer(config(INT8), int8),
     "mxfp4 in a list of one": Producer(config([MXFP4]), mxfp4),
 }

@@ -156,7 +156,7 @@ def test_blocks_without_a_config_are_one_error(tmp_path):
     assert_refused(tmp_path / "broken", model, amc.QuantizationError, "no config describes how to decode them")
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "torchao"])
+@pytest.mark.parametrize("method", ["hqq", "bitsandbytes", "torchao"])
 def test_methods_that_are_not_decoded_are_named(tmp_path, method):
     model = mixtral(tmp_path, PRODUCERS["fp8"])
     config = json.loads((tmp_path / "config.json").read_text())

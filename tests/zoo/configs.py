@@ -147,8 +147,8 @@ def minimax_m3_vl() -> Config:
 
 
 def mimo_v2_flash() -> Config:
-    config = _TEXT | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 96, "v_head_dim": 64}
-    config |= {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_head_dim": 96, "swa_v_head_dim": 64}
+    config = _TEXT | {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 96, "v_head_dim": 64}
+    config |= {"swa_num_attention_heads": 8, "swa_num_key_value_heads": 8, "swa_head_dim": 96, "swa_v_head_dim": 64}
     config |= {"intermediate_size": 512, "moe_intermediate_size": INTERMEDIATE, "n_routed_experts": 12}
     config |= {"n_shared_experts": None, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
     config |= {"hybrid_layer_pattern": [0, 1, 1], "moe_layer_freq": [0, 1, 1], "scoring_func": "sigmoid"}

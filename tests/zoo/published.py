@@ -45,6 +45,18 @@ class Published:
     """Whether k_proj and v_proj have the scales of a quantized KV cache."""
     scale_dtype: str = "same"
     """The dtype of floating scales, if it differs from that of the format."""
+    renames: Names = ()
+    """Patterns and replacements, applied in this order to the names that transformers saves."""
+    divides_experts: bool = False
+    """Whether each expert is a tensor of its own although the type is published grouped."""
+    recipe: str | None = None
+    """The name in ``automodel_conv.recipes`` of the rules, where transformers does not know the model type."""
+    refused: str | None = None
+    """A pattern of the error, if the checkpoint is not read."""
+    undivided: str | None = None
+    """A pattern of weights that blocks do not divide, which transformers reads as if they were equal blocks."""
+    hook: str = ""
+    """A pattern of the hook's error, where transformers would load nonsense; ``"left"`` where it keeps codes itself."""
     loads_as: str | None = None
     """``model_type`` under which transformers has the model, where it does not know the published one."""
 
@@ -128,6 +140,13 @@ NEMOTRON_DRAFT = Draft(
     {"mtp.layers.0.enorm.weight": (HIDDEN,), "mtp.layers.0.eh_proj.weight": (HIDDEN, 2 * HIDDEN)},
 )
 
+V4_NAMES = (
+    (r"^model\.hc_head\.hc_", "hc_head_"),
+    (r"^model\.embed_tokens", "embed"),
+    (r"^model\.", ""),
+    (r"\.attn\.norm\.", ".attn.kv_norm."),
+)
+
 _PROJ = r"(_proj|kv_a_proj_with_mqa)\.weight$"
 _EXPERTS = r"\.experts\.\d+\..*\.weight$"
 _DSA_EXCLUDED = ("self_attn.kv_a_proj_with_mqa", "self_attn.kv_b_proj", "self_attn.q_a_proj", "self_attn.q_b_proj")
@@ -197,6 +216,7 @@ PUBLISHED: tuple[Published, ...] = (
     Published(
         name="nvidia/Qwen3-235B-A22B-NVFP4",
         config=configs.qwen3_moe(),
+        hook="transformers would load codes of quantized tensors as values",
         special="settings only in hf_quant_config.json; KV scales",
         formats=((_PROJ, NVFP4),),
         modelopt=_modelopt_file(_each_layer("model.layers.{}.mlp.gate", more=["lm_head"]), "0.33.0"),
@@ -216,7 +236,9 @@ PUBLISHED: tuple[Published, ...] = (
     Published(
         name="nvidia/Qwen3.5-122B-A10B-NVFP4",
         config=configs.qwen3_5_moe(),
+        hook="transformers would load codes of quantized tensors as values",
         special="one tensor per expert although the original is grouped; KV scales where k_proj is not quantized",
+        divides_experts=True,
         formats=((_EXPERTS, NVFP4),),
         settings=_modelopt_groups(
             _each_layer(
@@ -234,6 +256,7 @@ PUBLISHED: tuple[Published, ...] = (
     Published(
         name="deepseek-ai/DeepSeek-V3",
         config=configs.deepseek_v3(),
+        undivided="kv_a_proj_with_mqa",
         special="latents of 4.5 blocks; an MTP layer after the last one",
         formats=((_PROJ, BLOCK_FP8),),
         settings=_fp8(),
@@ -242,6 +265,7 @@ PUBLISHED: tuple[Published, ...] = (
     Published(
         name="nvidia/DeepSeek-V3.1-NVFP4",
         config=configs.deepseek_v3(),
+        hook="transformers would load codes of quantized tensors as values",
         special="settings only in hf_quant_config.json; latents not quantized; KV scales",
         formats=_MLA_NVFP4,
         modelopt=_modelopt_file(_excluded(), "0.22.1"),
@@ -251,6 +275,7 @@ PUBLISHED: tuple[Published, ...] = (
     Published(
         name="deepseek-ai/DeepSeek-V3.2",
         config=configs.deepseek_v32(),
+        undivided="kv_a_proj_with_mqa",
         special="an indexer; float32 scales that are powers of two",
         formats=((r"indexer\.weights_proj", "no"), (_PROJ, BLOCK_FP8)),
         settings=_fp8(scale_fmt="ue8m0"),
@@ -259,6 +284,7 @@ PUBLISHED: tuple[Published, ...] = (
     Published(
         name="nvidia/DeepSeek-V3.2-NVFP4",
         config=configs.deepseek_v32(),
+        hook="transformers would load codes of quantized tensors as values",
         special="globs in exclude_modules",
         formats=_MLA_NVFP4,
         modelopt=_modelopt_file(_excluded("self_attn.indexer*"), "0.0.1.dev294"),
@@ -268,6 +294,7 @@ PUBLISHED: tuple[Published, ...] = (
     Published(
         name="zai-org/GLM-5-FP8",
         config=configs.glm_moe_dsa(),
+        undivided="kv_a_proj_with_mqa",
         special="norms, and names that no tensor has, listed as not converted",
         formats=((r"indexer\.weights_proj", "no"), (_PROJ, BLOCK_FP8)),
         settings=_fp8(
@@ -285,6 +312,7 @@ PUBLISHED: tuple[Published, ...] = (
     Published(
         name="nvidia/GLM-5-NVFP4",
         config=configs.glm_moe_dsa(),
+        hook="transformers would load codes of quantized tensors as values",
         special="o_proj not quantized",
         formats=((r"mlp\..*_proj\.weight$", NVFP4),),
         modelopt=_modelopt_file(_excluded("self_attn.indexer*", "self_attn.o_proj"), "0.42.0rc1"),
@@ -297,19 +325,24 @@ PUBLISHED: tuple[Published, ...] = (
         special="FP4 experts beside FP8; names of its own; mtp.0",
         formats=(
             (r"\.ffn\.experts\.\d+\.w\d\.weight$", "FP4 experts of DeepSeek"),
-            (r"(\.w[123q]\w*|wkv|wo_\w|wq_\w|_proj)\.weight$", "FP8, exponents per block"),
+            (r"compressor|weights_proj", "no"),
+            (r"\.(w[123]|wkv|w[oq]_[ab]|[eh]_proj)\.weight$", "FP8, exponents per block"),
         ),
         settings=_fp8(scale_fmt="ue8m0"),
+        renames=V4_NAMES,
         draft=V4_DRAFT,
     ),
     Published(
         name="nvidia/DeepSeek-V4-Flash-NVFP4",
         config=configs.deepseek_v4(),
+        hook="transformers would load codes of quantized tensors as values",
+        refused="U8, not codes",
         special="the method is fp8, the algorithm MIXED_PRECISION, and quantized_layers name modules of experts",
         formats=(
             (r"^layers\.\d+\.ffn\.experts\.\d+\.w\d\.weight$", NVFP4),
             (r"\.ffn\.experts\.\d+\.w\d\.weight$", "FP4 experts of DeepSeek"),
-            (r"(\.w[123q]\w*|wkv|wo_\w|wq_\w|_proj)\.weight$", "FP8, exponents per block"),
+            (r"compressor|weights_proj", "no"),
+            (r"\.(w[123]|wkv|w[oq]_[ab]|[eh]_proj)\.weight$", "FP8, exponents per block"),
         ),
         settings=_fp8(
             scale_fmt="ue8m0",
@@ -323,11 +356,14 @@ PUBLISHED: tuple[Published, ...] = (
                 f"layers.{layer}.ffn.experts": {"group_size": 16, "quant_algo": "NVFP4"} for layer in range(LAYERS)
             },
         ),
+        renames=V4_NAMES,
         draft=V4_DRAFT,
     ),
     Published(
         name="moonshotai/Kimi-K2-Instruct",
         config=configs.kimi_k2(),
+        recipe="kimi_k2",
+        hook="transformers would initialize the experts",
         special="remote code; the names of DeepSeek-V3",
         formats=((_PROJ, BLOCK_FP8),),
         settings=_fp8(),
@@ -336,6 +372,7 @@ PUBLISHED: tuple[Published, ...] = (
     Published(
         name="moonshotai/Kimi-K2.5",
         config=configs.kimi_k25(),
+        hook="left",
         special="language_model before the names; INT4 experts, the settings in text_config",
         formats=((_EXPERTS, "compressed-tensors INT4"),),
         settings=_kimi_settings(type="int") | {"format": "pack-quantized"},
@@ -344,6 +381,7 @@ PUBLISHED: tuple[Published, ...] = (
     Published(
         name="nvidia/Kimi-K2.5-NVFP4",
         config=configs.kimi_k25("deepseek_v3"),
+        hook="transformers would load codes of quantized tensors as values",
         special="language_model before the names; KV scales",
         formats=((r"\.mlp\..*_proj\.weight$", NVFP4),),
         settings=_modelopt_groups(
@@ -365,6 +403,7 @@ PUBLISHED: tuple[Published, ...] = (
     Published(
         name="nvidia/MiniMax-M2.5-NVFP4",
         config=configs.minimax_m2(),
+        hook="transformers would load codes of quantized tensors as values",
         special="experts only; KV scales where k_proj is not quantized",
         formats=((_EXPERTS, NVFP4),),
         settings=_modelopt_groups(
@@ -380,6 +419,8 @@ PUBLISHED: tuple[Published, ...] = (
     Published(
         name="nvidia/MiniMax-M3-NVFP4",
         config=configs.minimax_m3_vl(),
+        hook="transformers would load codes of quantized tensors as values",
+        refused="MIXED_PRECISION",
         special="MIXED_PRECISION: NVFP4 experts and MXFP8 modules, each named",
         formats=(
             (_EXPERTS, NVFP4),
@@ -411,6 +452,7 @@ PUBLISHED: tuple[Published, ...] = (
     Published(
         name="nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-NVFP4",
         config=configs.nemotron_h(),
+        hook="transformers would load codes of quantized tensors as values",
         special="settings only in hf_quant_config.json; mixers of two layers not quantized",
         formats=((r"(up_proj|down_proj)\.weight$", NVFP4),),
         modelopt=_modelopt_file(
@@ -432,6 +474,7 @@ PUBLISHED: tuple[Published, ...] = (
     Published(
         name="nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-FP8",
         config=configs.nemotron_h(moe_latent_size=256, mtp_hybrid_override_pattern="*E", num_nextn_predict_layers=1),
+        hook="transformers would load codes of quantized tensors as values",
         special="hf_quant_config.json without a producer; latents of experts; mtp",
         formats=((r"(up_proj|down_proj|in_proj|out_proj)\.weight$", "ModelOpt FP8"),),
         modelopt=_modelopt_file(None, None, "FP8"),
@@ -446,7 +489,9 @@ PUBLISHED: tuple[Published, ...] = (
     Published(
         name="nvidia/Gemma-4-26B-A4B-NVFP4",
         config=configs.gemma4(),
+        hook="transformers would initialize the experts",
         special="one tensor per expert although the original is grouped",
+        divides_experts=True,
         formats=((_EXPERTS, NVFP4),),
         settings=_modelopt_groups(
             _each_layer(
@@ -476,6 +521,8 @@ PUBLISHED: tuple[Published, ...] = (
     Published(
         name="nvidia/Llama-4-Scout-17B-16E-Instruct-NVFP4",
         config=configs.llama4(),
+        hook="transformers would load codes of quantized tensors as values",
+        refused="gate_up_proj_weight_scale",
         special="fused FP4 experts, packed along the columns of the weight",
         formats=(
             (r"experts\.(gate_up|down)_proj$", "ModelOpt NVFP4, fused experts of Llama-4"),
@@ -503,3 +550,14 @@ PUBLISHED: tuple[Published, ...] = (
 )
 """Checkpoints of the zoo. Checkpoints that differ from one of them only in sizes are not repeated: Qwen3-235B-A22B and
 its FP8, Qwen3-VL-235B-A22B-Instruct, Qwen3.5-122B-A10B, DeepSeek-R1, gpt-oss-120b, Nemotron-3-Super-120B-A12B-NVFP4."""
+
+QUICK = {
+    "Qwen/Qwen3-30B-A3B-FP8",
+    "nvidia/Qwen3.5-122B-A10B-NVFP4",
+    "deepseek-ai/DeepSeek-V3",
+    "deepseek-ai/DeepSeek-V4-Flash",
+    "moonshotai/Kimi-K2-Instruct",
+    "moonshotai/Kimi-K2.5",
+    "openai/gpt-oss-20b",
+}
+"""Names of the checkpoints that are tested by default: one of each kind of names and formats."""

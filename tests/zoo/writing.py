@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +21,11 @@ from transformers import PreTrainedModel
 
 from tests.kernels.test_code_tables import rounded
 from tests.model_zoo import build_published, write_checkpoint
+from tests.quantized.per_expert import GROUPED, divided
 from tests.zoo.formats import FORMATS, Stored, float_scales, generator_of
 from tests.zoo.published import Draft, Published
 
 FILES = 3
-_EXPERT_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
 class Written(NamedTuple):
@@ -44,16 +44,18 @@ def write(record: Published, directory: Path) -> Written:
     """Write the checkpoint of a record and its twin."""
     model = build_published(readable_config(record), directory / "model")
     write_checkpoint(model, directory / "model", 1 << 40)
-    tensors = load_file(directory / "model" / "model.safetensors")
-    if False:
-        tensors = per_expert(tensors)
+    saved = load_file(directory / "model" / "model.safetensors")
+    tensors = {renamed(name, record.renames): tensor for name, tensor in saved.items()}
     if record.draft is not None:
         tensors |= drafted(tensors, record.draft)
+    names = list(tensors)
+    if record.divides_experts:
+        tensors = divided(tensors, model)
     stored, values = quantized(record, tensors)
     if record.cache_scales:
         stored |= cache_scales(stored)
     save(stored, directory / "published", published_config(record), record.modelopt)
-    save(grouped(values), directory / "twin", readable_config(record), None)
+    save(grouped(values, names), directory / "twin", readable_config(record), None)
     return Written(directory / "published", directory / "twin", stored, type(model))
 
 
@@ -71,24 +73,26 @@ def published_config(record: Published) -> dict[str, Any]:
     return config
 
 
-def per_expert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Divide grouped experts ``[E, out, in]`` into matrices, as modelopt does before it quantizes them."""
-    divided: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        module, _, kind = name.rpartition(".")
-        if not module.endswith(".experts") or kind not in _EXPERT_PARTS:
-            divided[name] = tensor
+def renamed(name: str, renames: Iterable[tuple[str, str]]) -> str:
+    for pattern, replacement in renames:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def grouped(values: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """Return values with the experts that ``divided`` divided grouped again, as the type has them."""
+    left = dict(values)
+    for name in names:
+        end = next((end for end in GROUPED if name.endswith(f".{end}")), None)
+        module = name.removesuffix(end or "").removesuffix("experts.") + "experts."
+        parts = ("gate_proj", "up_proj") if end and GROUPED[end] == "gate_up_proj" else ("down_proj",)
+        if end is None or f"{module}0.{parts[0]}.weight" not in left:
             continue
-        parts = _EXPERT_PARTS[kind]
-        for expert, matrix in enumerate(tensor):
-            halves = zip(parts, matrix.chunk(len(parts)), strict=True)
-            divided |= {f"{module}.{expert}.{part}.weight": half.contiguous() for part, half in halves}
-    return divided
-
-
-def grouped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors with experts that ``per_expert`` divides grouped again, if the type has them so."""
-    return dict(tensors)
+        experts = 1 + max(int(key.split(".")[-3]) for key in left if key.startswith(module))
+        left[name] = torch.stack(
+            [torch.cat([left.pop(f"{module}{expert}.{part}.weight") for part in parts]) for expert in range(experts)]
+        )
+    return left
 
 
 def drafted(tensors: Mapping[str, Tensor], draft: Draft) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The method of AMD Quark: MXFP4, FP8 of every block, MXFP8, NVFP4.
+"""The method of AMD Quark: MXFP4, FP8 of every block, MXFP8, NVFP4, INT8.
 
 A config has one description of weights for all layers, and others for layers that globs name. Each lists a dtype, how
 many elements share a scale (``qscheme``), and the format of the scales.
@@ -29,7 +29,7 @@ from automodel_conv.planning.methods.method import (
     modules_of,
 )
 
-_FORMATS = {"fp8_e4m3": "e4m3", "fp8_e5m2": "e5m2", "fp4": "e2m1"}
+_FORMATS = {"fp8_e4m3": "e4m3", "fp8_e5m2": "e5m2", "fp4": "e2m1", "int8": "int8"}
 _VALUES = ("bfloat16", "float16", "float32")
 """Dtypes of weights that are stored as values."""
 _BLOCKS = ["per_tensor", "per_channel with ch_axis 0", "per_group along a row", "per_block"]
@@ -68,6 +68,9 @@ def _scheme(weight: Any) -> Scheme | None:
         return Scheme("e2m1", _block(first), FP8_SCALES, global_scale=True)
     if first["dtype"] not in _FORMATS:
         raise UnsupportedScheme(f"quark's {stages}", [*_FORMATS])
+    if first["dtype"] == "int8" and (first.get("qscheme") == "per_group" or not first.get("symmetric")):
+        kind = "symmetric" if first.get("symmetric") else "asymmetric"
+        raise UnsupportedScheme(f"quark's {kind} int8 {first.get('qscheme')}", "symmetric int8 per_tensor, per_channel")
     return Scheme(_FORMATS[first["dtype"]], _block(first), _scales(first))
 
 
@@ -96,12 +99,14 @@ def _scales(weight: Mapping[str, Any]) -> frozenset[str]:
 QUARK = Method(
     name="quark",
     schemes=_schemes,
-    codes=(*FP8_CODES, Packing("", "U8", "e2m1")),
+    codes=(*FP8_CODES, Packing("", "U8", "e2m1"), Packing("", "I8", "int8")),
     # Layers that an export restores from an FP8 checkpoint keep its name, _scale_inv.
     scales=("_scale", "_scale_inv", ".weight_quantizer.scale"),
     global_scale=("_scale_2",),
     dropped=(
+        "_zero_point",  # zeros, as integers are symmetric
         ".input_scale",
+        ".input_zero_point",
         ".input_scale_2",
         ".input_quantizer.scale",
         ".output_scale",
