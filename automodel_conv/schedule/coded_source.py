@@ -11,6 +11,16 @@ GLOBAL_BYTES = 4
 """Bytes of a global scale, F32."""
 
 
+def geometry_of(row: int, decode: Decode, checkpoint: Checkpoint) -> tuple[object, ...]:
+    """Return all that a ``CodedSource`` depends on, except its dtype and the places of its parts.
+
+    Sources of equal geometry are cut into the same slabs.
+    """
+    dtypes, nbytes = checkpoint.dtypes, checkpoint.nbytes
+    parts = (decode.scales, decode.zero_points, decode.global_scale)
+    return nbytes[row], decode.kind, *[None if part is None else (dtypes[part], nbytes[part]) for part in parts]
+
+
 class CodedSource:
     """A quantized source of a checkpoint, and the dtype that its codes are decoded to.
 
