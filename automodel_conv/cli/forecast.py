@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.execution.fallbacks import fallback_calls
 from automodel_conv.execution.host import DEFAULT_SCRATCH_BYTES, bytes_of_slot
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.sharding import placed
-from automodel_conv.schedule.host import schedule
+from automodel_conv.schedule.calls import calls_of_load
 
 MESH_NAMES = ("replicate", "ep", "fsdp")
 # Ranks that are computed at most. Ranks of larger meshes are sampled evenly, including the first and the last.
@@ -93,13 +95,11 @@ def _cost(checkpoint: Checkpoint, plan: CopyPlan, mesh: Mapping[str, int], coord
     targets = [target for target in part.targets if target.fallback is None and prod(target.shape)]
     slot_bytes = bytes_of_slot(_THREADS, DEFAULT_SCRATCH_BYTES)
     copies = [target.copies for target in targets]
-    jobs = schedule(targets, copies, checkpoint, plan.sources.decodes, threads=_THREADS, slot_bytes=slot_bytes)
-    calls = [call for job in jobs for call in job.reads.calls()]
-    reads = [(int(call.file[0]), int(call.stop_bytes[-1] - call.offset_bytes[0])) for call in calls]
+    calls = calls_of_load(targets, copies, checkpoint, plan.sources.decodes, threads=_THREADS, slot_bytes=slot_bytes)
     rows = [row for call in fallback_calls(part) for row in call.rows]  # read as a whole
-    reads += [(checkpoint.file_ids[row], checkpoint.nbytes[row]) for row in rows]
-    files = {file for file, _ in reads}
-    return RankCost(coordinate, part.bytes_written, sum(nbytes for _, nbytes in reads), len(reads), len(files))
+    files = {*np.unique(calls.file).tolist(), *(checkpoint.file_ids[row] for row in rows)}
+    read_bytes = int(calls.nbytes.sum()) + sum(checkpoint.nbytes[row] for row in rows)
+    return RankCost(coordinate, part.bytes_written, read_bytes, len(calls.file) + len(rows), len(files))
 
 
 def _placements(name: str, shape: Sequence[int], mesh: Mapping[str, int]) -> list[Any]:
