@@ -197,13 +197,13 @@ def _words(shape: Shape, random: torch.Generator) -> Tensor:
 def gptq(shape: Shape, random: torch.Generator) -> tuple[Stored, Tensor]:
     """Return GPTQ of 4 bits and groups of 128, in the order of the columns; zero points are stored less 1.
 
-    Sources: auto-gptq's and gptqmodel's ``qlinear`` as vLLM 0.33.0 reads them, ``quantization/gptq.py``.
+    Sources: gptqmodel 5.4, ``nn_modules/qlinear/torch.py`` and ``convert_gptq_v1_to_v2_format_module``.
     """
     out, columns = shape
     words, zeros = _words((columns // 8, out), random), _words((columns // 128, out // 8), random)
     scales = float_scales((columns // 128, out), random).half()
     codes = unpacked_nibbles(words).transpose(1, 2).reshape(columns, out)  # nibble k of row r is input 8 r + k
-    points = (unpacked_nibbles(zeros).reshape(columns // 128, out) + 1) & 15
+    points = unpacked_nibbles(zeros + 0x11111111).reshape(columns // 128, out)  # one addition for all eight
     groups = torch.arange(columns) // 128
     exact = (codes - points[groups]).double() * scales.double()[groups]
     parts = {".qweight": words, ".qzeros": zeros, ".scales": scales, ".g_idx": groups.to(torch.int32)}

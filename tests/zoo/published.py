@@ -522,7 +522,6 @@ PUBLISHED: tuple[Published, ...] = (
         name="nvidia/Llama-4-Scout-17B-16E-Instruct-NVFP4",
         config=configs.llama4(),
         hook="transformers would load codes of quantized tensors as values",
-        refused="gate_up_proj_weight_scale",
         special="fused FP4 experts, packed along the columns of the weight",
         formats=(
             (r"experts\.(gate_up|down)_proj$", "ModelOpt NVFP4, fused experts of Llama-4"),
