@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,10 +30,6 @@ class Format:
     """Returns the tensors that store a weight of a shape, and its values."""
     settings: Mapping[str, Any]
     """A ``quantization_config`` of a checkpoint in which all weights have this format."""
-    publishers: str
-    """Who publishes it, for the table in the documentation."""
-    no: Mapping[str, str] = field(default_factory=dict)
-    """Columns of the table in the documentation that are not "yes", each with the reason."""
 
 
 def generator_of(name: str) -> torch.Generator:
@@ -241,9 +237,10 @@ def by(producer: Producer) -> Make:
     return make
 
 
-def _compressed(stored_format: str, divisor: float | None = None, **weights: Any) -> tuple[Make, dict[str, Any]]:
+def _compressed(stored_format: str, divisor: float | None = None, **weights: Any) -> Format:
     producer = compressed(stored_format, divisor, **weights)
-    return by(producer), dict(producer.config)
+    settings = {"quantization_status": "compressed", "ignore": ["lm_head", "re:.*self_attn.*", "re:.*gate$"]}
+    return Format(by(producer), dict(producer.config) | settings)
 
 
 def _modelopt(algorithm: str, **settings: Any) -> dict[str, Any]:
@@ -260,71 +257,44 @@ def _quark(**weight: Any) -> dict[str, Any]:
 
 _FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
 _E8M0 = torch.float8_e8m0fnu
-_INT4_32, _INT4_32_SETTINGS = _compressed("pack-quantized", **INT4, strategy="group", group_size=32)
-_CT_FP8, _CT_FP8_SETTINGS = _compressed("float-quantized", **FLOAT8, strategy="channel")
-_CT_NVFP4, _CT_NVFP4_SETTINGS = _compressed(
-    "nvfp4-pack-quantized", 700.0, **FLOAT4, strategy="tensor_group", group_size=16
-)
 _MX = {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
 
 FORMATS: dict[str, Format] = {
-    "FP8, one scale per block": Format(
-        fine_grained((128, 128)), _FP8, "DeepSeek-V3, R1; Qwen3-FP8; GLM-5-FP8; MiniMax-M2.5; MiMo-V2-Flash"
+    "FP8, one scale per block": Format(fine_grained((128, 128)), _FP8),
+    "FP8, exponents per block": Format(fine_grained((128, 128), ".scale", _E8M0), _FP8 | {"scale_fmt": "ue8m0"}),
+    "FP8, exponents per 32 x 32": Format(
+        fine_grained((32, 32), ".scale", _E8M0), _FP8 | {"scale_fmt": "ue8m0", "weight_block_size": [32, 32]}
     ),
-    "FP8, exponents per block": Format(
-        fine_grained((128, 128), ".scale", _E8M0), _FP8 | {"scale_fmt": "ue8m0"}, "DeepSeek-V4-Flash, outside experts"
+    "FP4 experts of DeepSeek": Format(mxfp4(".scale", torch.int8, _E8M0), _FP8 | {"scale_fmt": "ue8m0"}),
+    "MXFP4 of gpt-oss": Format(gpt_oss_mxfp4, {"quant_method": "mxfp4"}),
+    "compressed-tensors INT4": _compressed("pack-quantized", **INT4, strategy="group", group_size=32),
+    "compressed-tensors INT4 with zero points": _compressed(
+        "pack-quantized", **INT4, strategy="group", group_size=32, symmetric=False
     ),
-    "FP8 per block of 32 x 32, exponents": Format(
-        fine_grained((32, 32), ".scale", _E8M0),
-        _FP8 | {"scale_fmt": "ue8m0", "weight_block_size": [32, 32]},
-        "DeepSeek-V4.1-Flash, outside experts",
+    "compressed-tensors FP8": _compressed("float-quantized", **FLOAT8, strategy="channel"),
+    "compressed-tensors NVFP4": _compressed(
+        "nvfp4-pack-quantized", 700.0, **FLOAT4, strategy="tensor_group", group_size=16
     ),
-    "FP4 experts of DeepSeek": Format(
-        mxfp4(".scale", torch.int8, _E8M0), _FP8 | {"scale_fmt": "ue8m0"}, "DeepSeek-V4-Flash, V4.1-Flash"
-    ),
-    "MXFP4 of gpt-oss": Format(gpt_oss_mxfp4, {"quant_method": "mxfp4"}, "gpt-oss-20b, gpt-oss-120b"),
-    "compressed-tensors INT4": Format(_INT4_32, _INT4_32_SETTINGS, "Kimi-K2.5, Kimi-K2-Thinking"),
-    "compressed-tensors FP8 per channel": Format(_CT_FP8, _CT_FP8_SETTINGS, "RedHatAI's FP8-dynamic"),
-    "compressed-tensors NVFP4": Format(_CT_NVFP4, _CT_NVFP4_SETTINGS, "RedHatAI's NVFP4"),
     "compressed-tensors MXFP4": Format(
         mxfp4("_scale", torch.uint8, torch.uint8, "_packed"),
-        compressed("mxfp4-pack-quantized", **FLOAT4, **_MX).config,
-        "Kimi-K3",
+        _compressed("mxfp4-pack-quantized", **FLOAT4, **_MX).settings,
     ),
-    "fbgemm_fp8": Format(
-        per_channel("_scale"), {"quant_method": "fbgemm_fp8"}, "Llama-4-Maverick-17B-128E-Instruct-FP8"
-    ),
-    "ModelOpt FP8": Format(modelopt_fp8, _modelopt("FP8"), "Nemotron-3-Super-120B-A12B-FP8"),
-    "ModelOpt FP8 per channel": Format(
-        per_channel("_scale", dims=1), _modelopt("FP8_PER_CHANNEL_PER_TOKEN"), "ModelOpt's users"
-    ),
-    "ModelOpt FP8_PB_WO": Format(modelopt_blocks, _modelopt("FP8_PB_WO"), "ModelOpt's users, for TensorRT-LLM"),
-    "ModelOpt MXFP8": Format(modelopt_mxfp8, _modelopt("MXFP8"), "MiniMax-M3-NVFP4, outside experts"),
-    "ModelOpt NVFP4": Format(
-        nvfp4(), _modelopt("NVFP4", group_size=16), "Kimi-K2.5-NVFP4, Qwen3.5-122B-A10B-NVFP4, GLM-5-NVFP4"
-    ),
-    "ModelOpt W4A16_NVFP4": Format(nvfp4(False), _modelopt("W4A16_NVFP4", group_size=16), "ModelOpt's users"),
-    "ModelOpt NVFP4, fused experts of Llama-4": Format(
-        llama4_nvfp4, _modelopt("NVFP4", group_size=16), "Llama-4-Scout-17B-16E-Instruct-NVFP4"
-    ),
+    "fbgemm_fp8": Format(per_channel("_scale"), {"quant_method": "fbgemm_fp8"}),
+    "ModelOpt FP8": Format(modelopt_fp8, _modelopt("FP8")),
+    "ModelOpt FP8 per channel": Format(per_channel("_scale", dims=1), _modelopt("FP8_PER_CHANNEL_PER_TOKEN")),
+    "ModelOpt FP8_PB_WO": Format(modelopt_blocks, _modelopt("FP8_PB_WO")),
+    "ModelOpt MXFP8": Format(modelopt_mxfp8, _modelopt("MXFP8")),
+    "ModelOpt NVFP4": Format(nvfp4(), _modelopt("NVFP4", group_size=16)),
+    "ModelOpt W4A16_NVFP4": Format(nvfp4(False), _modelopt("W4A16_NVFP4", group_size=16)),
+    "ModelOpt NVFP4 of Llama-4": Format(llama4_nvfp4, _modelopt("NVFP4", group_size=16)),
     "Quark MXFP4": Format(
         mxfp4("_scale", torch.uint8, torch.uint8),
         _quark(dtype="fp4", qscheme="per_group", group_size=32, scale_format="e8m0", scale_type="float8_e8m0fnu"),
-        "amd's MXFP4",
     ),
-    "Quark FP8 per block": Format(
+    "Quark FP8": Format(
         fine_grained((128, 128), "_scale"),
         _quark(dtype="fp8_e4m3", qscheme="per_block", block_size=[128, 128], scale_type="float32"),
-        "amd's FP8",
     ),
-    "GPTQ": Format(
-        gptq,
-        {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": False},
-        "Qwen's GPTQ-Int4, and many others",
-    ),
-    "AWQ": Format(
-        awq,
-        {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"},
-        "many on the Hub",
-    ),
+    "GPTQ": Format(gptq, {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": False}),
+    "AWQ": Format(awq, {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}),
 }

@@ -525,7 +525,7 @@ PUBLISHED: tuple[Published, ...] = (
         refused="gate_up_proj_weight_scale",
         special="fused FP4 experts, packed along the columns of the weight",
         formats=(
-            (r"experts\.(gate_up|down)_proj$", "ModelOpt NVFP4, fused experts of Llama-4"),
+            (r"experts\.(gate_up|down)_proj$", "ModelOpt NVFP4 of Llama-4"),
             (r"feed_forward\.shared_expert\..*_proj\.weight$", NVFP4),
         ),
         modelopt=_modelopt_file(

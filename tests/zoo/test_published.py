@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 
 import pytest
@@ -10,16 +9,13 @@ import torch
 
 pytest.importorskip("transformers", reason="the zoo needs transformers")
 
-from torch.distributed.tensor import Shard
 from transformers import CONFIG_MAPPING, AutoConfig
 
 import automodel_conv as amc
-from automodel_conv.execution.buffers import allocate
-from automodel_conv.execution.host import load_to_host
-from automodel_conv.planning.sharding import placed
-from automodel_conv.testing import POISON, assert_bytes_equal
+from automodel_conv.testing import assert_bytes_equal
 from tests.comparing import assert_same_in_order
 from tests.zoo.published import PUBLISHED, QUICK
+from tests.zoo.ranks import assert_ranks_read_their_parts
 from tests.zoo.writing import readable_config, write
 
 pytestmark = pytest.mark.sweep
@@ -88,24 +84,8 @@ def test_layouts_are_those_of_the_loaded_experts(read, options, layout):
 
 
 def test_ranks_read_their_parts(read, options):
-    """Check that shards over experts (two ranks) and in them over their first dimension (two ranks) are parts."""
     _, written, upstream = read
-    checkpoint = amc.open_checkpoint(written.directory)
-    plan = amc.compile_plan(checkpoint, **options)
-    whole = upstream.state_dict()
-    experts = [target for target in plan.targets if ".experts." in target.name and len(target.shape) == 3]
-    assert experts
-    for coordinate in itertools.product(range(2), range(2)):
-        regions = {t.name: placed(t.shape, (2, 2), coordinate, (Shard(0), Shard(1))) for t in experts}
-        mine = plan.shard(regions)
-        buffers = allocate(mine.targets)
-        for name in regions:
-            buffers[name].view(torch.uint8).fill_(POISON)
-        load_to_host(mine, checkpoint, buffers, threads=1)
-        for target in experts:
-            first, second = ([slice(at, at + n) for at, n in runs] for runs in regions[target.name].runs[:2])
-            part = torch.cat([torch.cat([whole[target.name][f, s] for s in second], 1) for f in first])
-            assert_bytes_equal(buffers[target.name], part)
+    assert_ranks_read_their_parts(written.directory, upstream.state_dict(), **options)
 
 
 def test_converted_on_disk_and_back(read, options, tmp_path):

@@ -121,14 +121,8 @@ def quantized(record: Published, tensors: Mapping[str, Tensor]) -> tuple[Stored,
         if record.scale_dtype != "same":
             parts, exact = _with_scales(parts, exact, getattr(torch, record.scale_dtype))
         stored |= {part_name(name, suffix): part.contiguous() for suffix, part in parts.items()}
-        values[name] = rounded(exact.contiguous().numpy(), value_dtype(parts))
+        values[name] = rounded(exact.contiguous().numpy(), torch.bfloat16)
     return stored, values
-
-
-def value_dtype(parts: Stored) -> torch.dtype:
-    """Return the dtype of decoded values: that of floating scales of two bytes, or bfloat16."""
-    scales = [part for suffix, part in parts.items() if "scale" in suffix and part.dtype == torch.float16]
-    return torch.float16 if scales else torch.bfloat16
 
 
 def _with_scales(parts: Stored, exact: Tensor, dtype: torch.dtype) -> tuple[Stored, Tensor]:

@@ -1,0 +1,167 @@
+"""The table of formats in the documentation: how each is read, and why not where it is not.
+
+``test_rows.py`` tests each cell. ``python -m tests.zoo.rows`` writes the table to ``docs/formats.md``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.zoo import configs
+from tests.zoo.configs import Config
+from tests.zoo.formats import FORMATS
+from tests.zoo.published import Published
+
+PAGE = Path(__file__).parents[2] / "docs" / "formats.md"
+COLUMNS = {
+    "read": "read",
+    "laid_out": "laid out",
+    "sharded": "sharded",
+    "kept": "kept as codes",
+    "codes_laid_out": "codes laid out",
+    "hook": "in the hook",
+}
+"""Columns of the table, with their headings."""
+
+
+@dataclass(frozen=True)
+class No:
+    """Why something is refused."""
+
+    reason: str
+    """The reason, as the table tells it."""
+    error: str
+    """A pattern of the error; ``"left"`` if the hook leaves the tensors to transformers."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A format, and a checkpoint of one layer with it."""
+
+    record: Published
+    publishers: str
+    no: Mapping[str, No] = field(default_factory=dict)
+    """Columns that are not "yes"."""
+
+
+PACKED = No("packed codes stay as they are", "codes of the format .* cannot be rearranged")
+OF_A_MATRIX = No("one scale for a whole matrix", "its scales cannot be combined")
+OF_A_ROW = No("a scale for each row, which a transposed layout would divide", "its scales would not fit the config")
+OWN_NAMES = No("scales are not named after the weight", "are not named after it")
+NO_QUANTIZER = No("transformers has no quantizer of it", "transformers would load codes of quantized tensors as values")
+ROUNDED = No("left to transformers, which rounds twice", "left")
+
+
+def _needs(package: str, error: str) -> No:
+    return No(f"transformers needs {package}", error)
+
+
+QUARK = _needs("Quark, which keeps codes", "latest version of Quark")
+GPTQ = _needs("optimum, which keeps codes", "requires optimum")
+AWQ = _needs("gptqmodel, which keeps codes", "requires gptqmodel")
+FBGEMM = _needs("a GPU, and keeps codes", "requires a GPU")
+
+
+def one_layer(config: Config) -> Config:
+    """Return a config with one layer only."""
+    if "text_config" in config:
+        return {**config, "text_config": one_layer(config["text_config"])}
+    kinds = {"layer_types": ["full_attention"]} if "layer_types" in config else {}
+    return {**config, "num_hidden_layers": 1, **kinds}
+
+
+EACH = r"\.experts\.\d+\..*\.weight$"
+FUSED = r"experts\.(gate_up|down)_proj$"
+
+
+def _row(
+    name: str,
+    publishers: str,
+    *,
+    format: str | None = None,
+    config: Config | None = None,
+    weights: str = EACH,
+    divides: bool = False,
+    **no: No,
+) -> Row:
+    """Return the row of a format.
+
+    Args:
+        format: its key in ``FORMATS``, by default ``name``.
+        config: model whose experts are quantized, by default Mixtral.
+        divides: whether experts are published grouped, and quantized one by one.
+    """
+    format = format or name
+    settings = FORMATS[format].settings
+    small = one_layer(config or configs.mixtral())
+    record = Published(
+        name=name, config=small, special="", formats=((weights, format),), settings=settings, divides_experts=divides
+    )
+    return Row(record, publishers, no)
+
+
+ROWS: tuple[Row, ...] = (
+    _row("FP8, one scale per block", "DeepSeek-V3, Qwen3-FP8, GLM-5-FP8, MiniMax-M2.5, MiMo-V2-Flash"),
+    _row("FP8, exponents per block", "DeepSeek-V4-Flash, outside its experts", codes_laid_out=OWN_NAMES),
+    _row("FP8, exponents per 32 x 32", "DeepSeek-V4.1-Flash, outside its experts", codes_laid_out=OWN_NAMES),
+    _row("FP4 experts of DeepSeek", "DeepSeek-V4-Flash, V4.1-Flash", codes_laid_out=PACKED),
+    _row("MXFP4 of gpt-oss", "gpt-oss", config=configs.gpt_oss(), weights=FUSED, codes_laid_out=PACKED),
+    _row("compressed-tensors INT4", "Kimi-K2-Thinking, Kimi-K2.5", codes_laid_out=PACKED),
+    _row("compressed-tensors INT4 with zero points", "RedHatAI's W4A16_ASYM", codes_laid_out=PACKED),
+    _row("compressed-tensors FP8", "RedHatAI's FP8-dynamic", codes_laid_out=OF_A_ROW),
+    _row(
+        "compressed-tensors FP8 of Granite, per expert",
+        "RedHatAI's and IBM's FP8 of Granite",
+        format="compressed-tensors FP8",
+        config=configs.granitemoe(),
+        divides=True,
+        codes_laid_out=OF_A_ROW,
+        hook=No("transformers has no rule that groups these experts", "transformers would initialize the experts"),
+    ),
+    _row("compressed-tensors NVFP4", "RedHatAI's NVFP4", codes_laid_out=PACKED, hook=ROUNDED),
+    _row("compressed-tensors MXFP4", "Kimi-K3", codes_laid_out=PACKED),
+    _row("fbgemm_fp8", "Llama-4-Maverick-17B-128E-Instruct-FP8", codes_laid_out=OF_A_ROW, hook=FBGEMM),
+    _row("ModelOpt FP8", "Nemotron-3-Super-120B-A12B-FP8", codes_laid_out=OF_A_MATRIX, hook=NO_QUANTIZER),
+    _row("ModelOpt NVFP4", "Kimi-K2.5-NVFP4, GLM-5-NVFP4", codes_laid_out=PACKED, hook=NO_QUANTIZER),
+    _row(
+        "ModelOpt NVFP4 of Gemma-4, per expert",
+        "Gemma-4-26B-A4B-NVFP4",
+        format="ModelOpt NVFP4",
+        config=configs.gemma4(),
+        divides=True,
+        codes_laid_out=PACKED,
+        hook=NO_QUANTIZER,
+    ),
+    _row("Quark MXFP4", "amd's MXFP4", codes_laid_out=PACKED, hook=QUARK),
+    _row("Quark FP8", "amd's FP8", hook=QUARK),
+    _row("GPTQ", "Qwen's GPTQ-Int4, and many others", codes_laid_out=PACKED, hook=GPTQ),
+    _row("AWQ", "many on the Hub", codes_laid_out=PACKED, hook=AWQ),
+)
+
+
+def table() -> str:
+    """Return the table in Markdown."""
+    lines = ["| format | published as | " + " | ".join(COLUMNS.values()) + " |", "|---|---|" + "---|" * len(COLUMNS)]
+    for row in ROWS:
+        cells = ["yes" if column not in row.no else f"no: {row.no[column].reason}" for column in COLUMNS]
+        lines.append(f"| {row.record.name} | {row.publishers} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+_BETWEEN = re.compile(r"(?<=<!-- table of tests/zoo/rows.py -->\n\n).*?(?=\n<!-- end of the table -->)", re.DOTALL)
+
+
+def page(text: str) -> str:
+    """Return the page with the table in its place."""
+    return _BETWEEN.sub(lambda match: table(), text)
+
+
+def main() -> None:
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
