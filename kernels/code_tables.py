@@ -286,6 +286,16 @@ def scale_table(
     return out
 
 
+def rounded_quotients(scales: Tensor, divisors: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``scales / divisors`` in float32, of values that are rounded to ``dtype`` first.
+
+    transformers casts all parts of a weight to the dtype of the parameter before it computes with them.
+    Source: transformers 5.24.0, ``_materialize_copy`` and ``Inkling2LoopDequantizeExperts`` in
+    ``core_model_loading.py``.
+    """
+    return scales.to(dtype).to(torch.float32) / divisors.to(dtype).to(torch.float32)
+
+
 def _round(exact: Tensor, out: Tensor, like_upstream: bool) -> None:
     """Round values to ``out``, to nearest even: once, or first to float32 if ``like_upstream``.
 

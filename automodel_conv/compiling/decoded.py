@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from automodel_conv.errors import QuantizationError, UnsupportedError, message
 from automodel_conv.execution.reading import read_each, read_whole
 from automodel_conv.files.checkpoint import Checkpoint
-from automodel_conv.files.config import MODELOPT_NAME, quantization
+from automodel_conv.files.config import CONFIG_NAME, MODELOPT_NAME, Quantization, model_type_of, quantization
 from automodel_conv.planning.code_names import has_codes
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.quantization import (
@@ -19,7 +20,7 @@ from automodel_conv.planning.quantization import (
     quantized_table,
     without_padding,
 )
-from automodel_conv.planning.schemes import KEEP
+from automodel_conv.planning.schemes import KEEP, implied_config
 
 
 def decoded_table(checkpoint: Checkpoint, needs_values: bool) -> SourceTable:
@@ -35,7 +36,7 @@ def decoded_table(checkpoint: Checkpoint, needs_values: bool) -> SourceTable:
             config describes them, and ``needs_values`` is true.
     """
     table = SourceTable.from_checkpoint(checkpoint)
-    config = quantization(checkpoint.directory)
+    config = quantization_of(checkpoint)
     if config is not None:
         decoded = quantized_table(table, config.settings, where=config.path)
         _refuse_shuffled_groups(checkpoint, group_indices(decoded, config.settings))
@@ -44,6 +45,19 @@ def decoded_table(checkpoint: Checkpoint, needs_values: bool) -> SourceTable:
     if codes is not None:
         raise codes_without_config(codes, checkpoint)
     return table
+
+
+def quantization_of(checkpoint: Checkpoint) -> Quantization | None:
+    """Return how a checkpoint is quantized as its config states, or as its model type implies; None if neither does.
+
+    Raises:
+        CheckpointError: see ``decoded_table``.
+    """
+    stated = quantization(checkpoint.directory)
+    if stated is not None:
+        return stated
+    settings = implied_config(model_type_of(checkpoint.directory))
+    return None if settings is None else Quantization(settings, os.path.join(checkpoint.directory, CONFIG_NAME))
 
 
 def codes_without_config(codes: str, checkpoint: Checkpoint) -> QuantizationError:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from automodel_conv.execution.buffers import dtype_of, strided
 from automodel_conv.execution.grids import in_code_order, unpacked_zeros
-from automodel_conv.kernels.code_tables import code_table
+from automodel_conv.kernels.code_tables import code_table, rounded_quotients
 from automodel_conv.kernels.dequantize_torch import dequantize_torch
 from automodel_conv.schedule.jobs import CodeRectangle, Grid
 
@@ -57,16 +57,13 @@ def _decode(rectangle: CodeRectangle, rows: tuple[int, int], memory: Tensor) -> 
         slice(rectangle.block_column, rectangle.block_column + -(-(start[1] + columns) // block_columns)),
     )
     scales = in_code_order(_grid(rectangle.scales, memory)[blocks[0]], decode.scale_word)[:, blocks[1]].contiguous()
-    global_scale = None
-    if rectangle.global_bytes is not None:
-        global_scale = memory[rectangle.global_bytes : rectangle.global_bytes + 4].view(torch.float32)
     typed = memory.view(dtype_of(rectangle.dtype, "a target"))
     table, table_rows = code_table(
         decode.format,
         scales,
         typed.dtype,
         zero_points=_zero_points(rectangle, blocks, memory),
-        global_scale=global_scale,
+        global_scale=_global_scale(rectangle, memory, typed.dtype),
         divide=decode.divides,
         like_upstream=decode.like_upstream,
     )
@@ -81,6 +78,20 @@ def _grid(grid: Grid, memory: Tensor) -> Tensor:
     """Return a view of a grid in memory, ``grid.shape``."""
     typed = memory.view(dtype_of(grid.dtype, "a scale"))
     return strided(typed, grid.shape, (grid.shape[1], 1), grid.start_bytes // typed.element_size())
+
+
+def _global_scale(rectangle: CodeRectangle, memory: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Return the global scale, float32 ``[1]``; None if there is none.
+
+    Args:
+        rectangle: the places in ``memory``.
+        memory: the memory.
+        dtype: dtype of the values.
+    """
+    if rectangle.global_bytes is None:
+        return None
+    stored = memory[rectangle.global_bytes :][: 4 * (1 + rectangle.has_divisor)].view(torch.float32)
+    return rounded_quotients(stored[:1], stored[1:], dtype) if rectangle.has_divisor else stored
 
 
 def _zero_points(rectangle: CodeRectangle, blocks: tuple[slice, slice], memory: Tensor) -> Tensor | None:

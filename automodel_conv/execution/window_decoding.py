@@ -16,6 +16,7 @@ from automodel_conv.kernels.code_tables import (
     byte_scale_values,
     check_table,
     prepare_scale_table,
+    rounded_quotients,
     scale_table,
 )
 from automodel_conv.kernels.dequantize_torch import dequantize_torch
@@ -249,5 +250,9 @@ def _global_scales(group: ScaleGroup, window: Tensor, sources: slice, rows: slic
     """Return the global scale for each of the ``rows`` of ``sources``, float32 ``[n]``; None if sources have none."""
     if not group.kind.has_global:
         return None
-    global_scales = _typed(window, group.globals_bytes, group.sources, torch.float32)[sources, None]
+    count = group.sources * (1 + group.kind.has_divisor)
+    stored = _typed(window, group.globals_bytes, count, torch.float32).view(-1, group.sources)[:, sources, None]
+    global_scales = stored[0]
+    if group.kind.has_divisor:
+        global_scales = rounded_quotients(*stored, _dtype(group.kind.value_dtype))
     return global_scales.expand(-1, rows.stop - rows.start).flatten()

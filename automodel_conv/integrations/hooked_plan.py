@@ -20,6 +20,7 @@ from automodel_conv.planning.composition import table_of
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.quantization import arranged_plan, padding_suspects, quantized_table
+from automodel_conv.planning.schemes import implied_config
 from automodel_conv.planning.wanted import TargetSpec
 from automodel_conv.upstream.models import matching
 from automodel_conv.upstream.rules import RuleSet, natural_key
@@ -78,10 +79,11 @@ def plan_load(
         return None, {ALL: error.reason()}
     parameters = _parameters_of(model, load_config, tp_plan)
     sources = SourceTable.from_checkpoint(checkpoint)
-    if plain.config is not None:
+    config = plain.config or implied_config(getattr(model.config, "model_type", None))
+    if config is not None:
         try:
-            decoded = quantized_table(sources, plain.config, like_upstream=True)
-            sources = unpadded_table(checkpoint, decoded, padding_suspects(sources, decoded, plain.config))
+            decoded = quantized_table(sources, config, like_upstream=True)
+            sources = unpadded_table(checkpoint, decoded, padding_suspects(sources, decoded, config))
         except (QuantizationError, UnsupportedError) as error:  # transformers may load it, or raises its own error
             return None, {ALL: error.reason()}
     arranging, arranged, stored_rows = None, sources, range(len(sources.names))

@@ -216,7 +216,10 @@ class Decode(NamedTuple):
     format: str
     """Format of a code, a key of ``CODE_BITS``."""
     matrix: tuple[int, int]
-    """Rows and columns of the source's last two dimensions, as stored."""
+    """Rows and columns of the source's last two dimensions, as stored.
+
+    If all matrices of a stack share one scale, they count as one matrix.
+    """
     block: tuple[int, int]
     """Rows and columns that share a scale. The last blocks of a matrix may be smaller."""
     scales: int
@@ -238,6 +241,11 @@ class Decode(NamedTuple):
 
     Empty if scales are stored in the order of the codes.
     """
+    global_divisor: int | None = None
+    """Row of a tensor like the global scale, which divides it, if there is one.
+
+    Both are rounded to the dtype of the values first, and the quotient to float32.
+    """
 
     @property
     def bits(self) -> int:
@@ -252,7 +260,19 @@ class Decode(NamedTuple):
     @property
     def parts(self) -> tuple[int, ...]:
         """Rows of the other parts."""
-        return tuple(row for row in (self.scales, self.zero_points, self.global_scale) if row is not None)
+        return tuple(row for row in self.part_rows if row is not None)
+
+    @property
+    def part_rows(self) -> tuple[int | None, ...]:
+        """Row of each other part: scales, zero points, global scale and its divisor; None for those it lacks."""
+        return self.scales, self.zero_points, self.global_scale, self.global_divisor
+
+    def with_part_rows(self, rows: Sequence[int | None]) -> Decode:
+        """Return the same decoding with its parts in other rows, in the order of ``part_rows``."""
+        scales, zero_points, global_scale, global_divisor = rows
+        return self._replace(
+            scales=scales, zero_points=zero_points, global_scale=global_scale, global_divisor=global_divisor
+        )
 
 
 @dataclass(frozen=True)

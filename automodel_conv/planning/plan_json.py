@@ -167,6 +167,8 @@ def _reads_inside(decode: Decode, row: int, shapes: Sequence[tuple[int, ...]]) -
     if decode.format not in CODE_BITS or len(shapes[row]) < 2:
         return False
     *lead, rows, columns = shapes[row]
+    if decode.matrix == (prod(lead) * rows, columns):
+        lead, rows = [], decode.matrix[0]
     if decode.matrix != (rows, columns) or min(decode.block) < 1 or decode.arrangement.shape(decode.matrix) is None:
         return False
     grid_rows, grid_columns = -(-rows // decode.block[0]), -(-columns // decode.block[1])
@@ -175,5 +177,8 @@ def _reads_inside(decode: Decode, row: int, shapes: Sequence[tuple[int, ...]]) -
     matrices = prod(lead)
     zero_rows, zero_columns = decode.zero_packing.rows(0, grid_rows)[1], decode.zero_packing.columns(grid_columns)
     sizes = {matrices * grid_rows * grid_columns}, {zero_rows * zero_columns}, {1, matrices}
+    if decode.global_divisor is not None:
+        if decode.global_scale is None or prod(shapes[decode.global_divisor]) != prod(shapes[decode.global_scale]):
+            return False
     parts = decode.scales, decode.zero_points, decode.global_scale
     return all(part is None or prod(shapes[part]) in fitting for part, fitting in zip(parts, sizes, strict=True))

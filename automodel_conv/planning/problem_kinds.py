@@ -26,14 +26,17 @@ class ProblemKinds:
     def __len__(self) -> int:
         return sum(map(len, self._by_kind.values()))
 
-    def texts(self) -> list[str]:
-        """Return a text for each problem, or for each kind that has more than three."""
-        return [text for kind, problems in self._by_kind.items() for text in _texts(kind, problems)]
+    def texts(self, most: int = _NAMED) -> list[str]:
+        """Return a text for each problem, or one for each kind that has more than ``most``.
+
+        Args:
+            most: at least 3.
+        """
+        return [text for kind, problems in self._by_kind.items() for text in _texts(kind, problems, most)]
 
 
-def _texts(kind: str, problems: list[tuple[str, ...]]) -> list[str]:
-    first, *others = [kind.format(*names) for names in problems[:_NAMED]]
-    if len(problems) <= _NAMED:
-        return [first, *others]
-    named = ", ".join(names[0] for names in problems[1:_NAMED])
-    return [f"{first}; likewise {named} and {len(problems) - _NAMED} more"]
+def _texts(kind: str, problems: list[tuple[str, ...]], most: int) -> list[str]:
+    if len(problems) <= most:
+        return [kind.format(*names) for names in problems]
+    named = ", ".join(first for first, *_ in problems[1:_NAMED])
+    return [f"{kind.format(*problems[0])}; likewise {named} and {len(problems) - _NAMED} more"]

@@ -36,7 +36,7 @@ from automodel_conv.planning.methods.method import (
     part_name,
     weight_name,
 )
-from automodel_conv.planning.methods.table import METHODS
+from automodel_conv.planning.methods.table import method_of
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.problem_kinds import ProblemKinds
 from automodel_conv.planning.schemes import KEEP, kv_cache_rows, read_config
@@ -64,7 +64,7 @@ def quantized_table(
     method, schemes = read_config(config, where)
     matcher = _CodeMatcher(table, method, schemes, like_upstream)
     matcher.match_all()
-    if schemes and not matcher.problems and not matcher.decodes:
+    if schemes and not matcher.problems and not matcher.decodes and not method.model_types:
         matcher.problems.add("no tensor has codes and a scale, though the config says that weights are quantized")
     if matcher.problems:
         number = len(matcher.problems)
@@ -101,7 +101,8 @@ def padding_suspects(stored: SourceTable, decoded: SourceTable, config: Mapping[
         decoded: ``quantized_table`` of ``stored`` and ``config``.
         config: the ``quantization_config``.
     """
-    packings = [packing for packing in METHODS[config["quant_method"]].codes if packing.shape_suffix]
+    method = method_of(config)
+    packings = [packing for packing in method.codes if packing.shape_suffix] if method is not None else []
     for row, decode in decoded.decodes.items() if packings else ():
         columns, group = decode.matrix[1], decode.block[1]
         if group < columns and columns % group == 0:
@@ -139,7 +140,8 @@ def group_indices(decoded: SourceTable, config: Mapping[str, Any]) -> Iterator[t
     Yields:
         The name of the tensor, the number of columns of the weight, and the number of columns of a group.
     """
-    suffix = METHODS[config["quant_method"]].group_index
+    method = method_of(config)
+    suffix = method.group_index if method is not None else ""
     for row, decode in decoded.decodes.items() if suffix else ():
         name, shape = part_name(decoded.names[row], suffix), decode.arrangement.shape(decode.matrix)
         if name is not None and shape is not None:
@@ -174,7 +176,7 @@ class _CodeMatcher:
         self._method = method
         self._schemes = schemes
         self._stated = StatedSchemes(schemes)
-        self._like_upstream = like_upstream
+        self._like_upstream = like_upstream or method.like_upstream
         self._weights: dict[int, tuple[str, str, tuple[int, ...]]] = {}  # by row: name, dtype and shape of the weight
         self._reported: set[int] = set()  # rows that have a problem
         self._hidden = set(kv_cache_rows(table.names))
@@ -214,7 +216,8 @@ class _CodeMatcher:
         if not scales:
             if weight.endswith(self._method.scales):  # scales may be FP8 themselves
                 return False
-            if packing.suffix or dtype.startswith(NARROW) or weight.endswith("weight"):
+            is_codes = packing.suffix or dtype.startswith(NARROW) or weight.endswith("weight")
+            if is_codes or self._part_rows(weight, self._method.global_scale):
                 wanted = " or ".join(filter(None, (part_name(weight, scale) for scale in self._method.scales)))
                 self._report(row, "{} has no scale: no tensor is named {}", name, wanted)
                 return True
@@ -222,8 +225,10 @@ class _CodeMatcher:
         zero_points = self._part_row(weight, self._method.zero_points)
         global_scales = self._part_rows(weight, self._method.global_scale)
         global_scale = global_scales[0] if global_scales else None
-        others = [part for part in (zero_points, self._part_row(weight, self._method.group_index)) if part is not None]
-        self._hidden.update(scales, global_scales, others, self._part_rows(weight, self._method.dropped))
+        global_divisor = self._part_row(weight, self._method.global_divisor)
+        others = [zero_points, self._part_row(weight, self._method.group_index), global_divisor]
+        self._hidden.update(scales, global_scales, self._part_rows(weight, self._method.dropped))
+        self._hidden.update(part for part in others if part is not None)
         refused = self._part_rows(weight, self._method.refused) if self._method.refused else []
         several = next((parts for parts in (scales, global_scales) if len(parts) > 1), None)
         if several is not None:
@@ -242,8 +247,12 @@ class _CodeMatcher:
                 self._report(row, f"{{}} has the shape {stored_shape}, not {packing.form}", name)
                 return True
             scheme = self._scheme(row, weight, packing, shape, scales[0], zero_points, global_scale)
+            if scheme is not None and not self._divisor_fits(row, weight, global_scale, global_divisor):
+                return True
             if scheme is not None:
                 scale_dtype, (rows, columns) = self._table.dtypes[scales[0]], shape[-2:]
+                if scheme.block == TENSOR and prod(self._table.shapes[scales[0]]) == 1:
+                    rows *= prod(shape[:-2])
                 keeps_scale_dtype = scale_dtype in FLOATING and scale_dtype != "F32"
                 self._weights[row] = weight, scale_dtype if keeps_scale_dtype else "BF16", shape
                 self.decodes[row] = Decode(
@@ -254,12 +263,31 @@ class _CodeMatcher:
                     zero_points,
                     global_scale,
                     self._method.divides,
-                    packing.arrangement,
+                    scheme.stack_arrangement or packing.arrangement,
                     self._like_upstream,
                     scheme.zero_packing,
                     packing.scale_word,
+                    global_divisor,
                 )
         return True
+
+    def _divisor_fits(self, row: int, weight: str, global_scale: int | None, divisor: int | None) -> bool:
+        """Return whether a weight has a divisor like its global scale, or neither; report it if not."""
+        names, dtypes, shapes = self._table.names, self._table.dtypes, self._table.shapes
+        suffix = self._method.global_divisor
+        if not suffix or global_scale is divisor is None:
+            return True
+        if divisor is None:
+            self._report(row, "{} has no divisor of its global scale: no tensor is named {}", weight, weight + suffix)
+        elif global_scale is None:
+            self._report(row, "{} has no global scale to divide", names[divisor])
+        elif (dtypes[divisor], shapes[divisor]) != ("F32", shapes[global_scale]):
+            wanted = f"F32 {list(shapes[global_scale])} like {{}}"
+            kind = f"{{}}: expected {wanted}, found {dtypes[divisor]} {list(shapes[divisor])}"
+            self._report(row, kind, names[divisor], names[global_scale])
+        else:
+            return True
+        return False
 
     def _report_unpaired_scales(self) -> None:
         """Report scales without codes: their writer meant something other than what a load would produce."""
@@ -310,6 +338,8 @@ class _CodeMatcher:
         described = [*lead, *(packing.arrangement.shape((stored_rows, stored_columns)) or shape[-2:])]
         stated = self._stated.of(weight)
         allowed = [scheme for scheme in stated or self._schemes if scheme.format == format]
+        if not lead:
+            allowed = [scheme for scheme in allowed if scheme.stack_arrangement is None]
         if not allowed and stated:
             others = " or ".join(sorted({scheme.format for scheme in stated}))
             return self._report(row, f"{{}} has {format} codes; the config states {others} for its module", names[row])
@@ -322,7 +352,7 @@ class _CodeMatcher:
             wanted = ", ".join(sorted({dtype for scheme in allowed for dtype in scheme.scales}))
             kind = f"{{}} is {dtypes[scales]}; these {format} codes have scales of {wanted}"
             return self._report(row, kind, names[scales])
-        fitting = [scheme for scheme in typed if shapes[scales] in _scale_shapes(shape, scheme.block)]
+        fitting = [scheme for scheme in typed if _fit(shapes[scales], shape, scheme.block)]
         if not fitting:
             wanted = " or ".join(dict.fromkeys(str(list(_scale_shapes(shape, scheme.block)[0])) for scheme in typed))
             difference = f"expected {wanted}, found {list(shapes[scales])}"
@@ -375,6 +405,11 @@ def _within(block: Block, shape: Sequence[int]) -> tuple[int, int]:
     return min(block[0] or rows, rows), min(block[1] or columns, columns)
 
 
+def _fit(scales: Sequence[int], shape: Sequence[int], block: Block) -> bool:
+    """Return whether scales of a shape fit a weight; one scale for each matrix of a stack may be one for all."""
+    return tuple(scales) in _scale_shapes(shape, block) or (block == TENSOR and prod(scales) == 1)
+
+
 def _scale_shapes(shape: Sequence[int], block: Block) -> list[tuple[int, ...]]:
     """Return the shapes that the scales of a weight may have, the most explicit first."""
     *lead, rows, columns = shape
@@ -383,8 +418,12 @@ def _scale_shapes(shape: Sequence[int], block: Block) -> list[tuple[int, ...]]:
     shapes = [[*lead, grid_rows, grid_columns]]
     if block[1] is None:
         shapes.append([*lead, grid_rows])
-    if block == (None, None):
+    if block == TENSOR:
         shapes.append(lead)
     elif lead:  # AMD Quark's scales of a stack
         shapes.append([prod(lead) * grid_rows, grid_columns])
+    if None not in block:
+        shapes.append([*lead, grid_rows, 1, grid_columns, 1])  # FP8_PB_WO of modelopt
+    if lead and prod(lead) == 1:
+        shapes += [scale_shape[len(lead) :] for scale_shape in shapes]  # modelopt leaves out leading dimensions of 1
     return [tuple(scale_shape) for scale_shape in shapes]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from automodel_conv.compiling.carrying import carried_targets, checked_patterns, dropped_rows, refuse_halves
-from automodel_conv.compiling.decoded import codes_without_config, decoded_table
+from automodel_conv.compiling.decoded import codes_without_config, decoded_table, quantization_of
 from automodel_conv.compiling.marks import layout_to_read, naming_of_conversion, stated_layout
 from automodel_conv.compiling.stages import without_casts
 from automodel_conv.compiling.to_checkpoint import saving_plan
@@ -24,7 +24,6 @@ from automodel_conv.errors import (
     message,
 )
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
-from automodel_conv.files.config import quantization
 from automodel_conv.files.hub import with_repository
 from automodel_conv.files.remote import refuse_url
 from automodel_conv.files.shards import Naming, Shard, divide, parse_size
@@ -128,9 +127,7 @@ def compile_conversion(
     # Codes of separate experts are copied unchanged: no model accepts them, and there is nothing to split.
     codes = None if dequantize else has_codes(table)
     keeps_codes = layout == PER_EXPERT and codes is not None and not any(map(holds_grouped_experts, table.names))
-    quantized = (
-        quantization(checkpoint.directory) if codes is not None and not keeps_codes and not keeps_names else None
-    )
+    quantized = quantization_of(checkpoint) if codes is not None and not keeps_codes and not keeps_names else None
     if codes is not None and quantized is None and not keeps_codes and rules != []:
         raise codes_without_config(codes, checkpoint)
 

@@ -58,8 +58,11 @@ def kimi_k3() -> list[Any]:
       ``language_model.model.layers.L.block_sparse_moe.experts.gate_up_proj [E, 2I, H]``
     - ``...experts.e.w2.weight [H, I]`` (down): ``...experts.down_proj [E, H, I]``
 
-    Sources: config.json of moonshotai/Kimi-K3; vLLM 0.33.0, ``models/kimi_k3/nvidia/model.py`` (``w1`` gate, ``w2``
-    down, ``w3`` up; ``KimiK3ForConditionalGeneration.hf_to_vllm_mapper``; ``KimiMoE``, whose routed experts have
+    ``self_attn.A_log`` keeps the elements of the file: 128 for the 96 heads, of which the last 32 are zero.
+
+    Sources: config.json of moonshotai/Kimi-K3; https://github.com/pytorch/torchtitan/pull/4791 (``A_log``); vLLM
+    0.33.0, ``models/kimi_k3/nvidia/model.py`` (``w1`` gate, ``w2`` down, ``w3`` up;
+    ``KimiK3ForConditionalGeneration.hf_to_vllm_mapper``; ``KimiMoE``, whose routed experts have
     ``routed_expert_hidden_size`` columns).
 
     Raises:

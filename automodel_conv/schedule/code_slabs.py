@@ -43,6 +43,8 @@ class ScaleKind(NamedTuple):
     """Whether values are rounded as transformers rounds them, not once."""
     has_global: bool
     """Whether there are global scales."""
+    has_divisor: bool
+    """Whether each global scale is divided by another value."""
     zero_points: tuple[int, int] | None
     """Number of rows of packed zero points, and number of rows of the grid to skip in them, ``ZeroPacking.skipped``.
 
@@ -208,7 +210,7 @@ def _slab(
         nbytes += scale_count * (kind.row_bytes + TABLE_ROW_BYTES)
     elif kind.has_table_for_each_source:
         nbytes += BYTE_SCALES * kind.row_bytes
-    nbytes += GLOBAL_BYTES if kind.has_global else 0
+    nbytes += GLOBAL_BYTES * (kind.has_global + kind.has_divisor)
     nbytes += ZERO_POINT_BYTES * kind.zero_points[0] * source.zero_columns if kind.zero_points else 0
     rectangles = tuple(_rectangle(r, source, start, block_rows[0], kind, bool(moves)) for r in source_rectangles)
     return CodeSlab(
@@ -305,6 +307,7 @@ def _kind(source: CodedSource, block_rows: tuple[int, int]) -> ScaleKind:
         divides=decode.divides,
         like_upstream=decode.like_upstream,
         has_global=has_global,
+        has_divisor=decode.global_divisor is not None,
         zero_points=zero_points,
         zero_packing=decode.zero_packing,
         scale_word=decode.scale_word,

@@ -46,7 +46,7 @@ class ScaleGroup(NamedTuple):
     zero_points_bytes: int
     """Offset of the packed zero points, if there are any."""
     globals_bytes: int
-    """Offset of the global scales, if there are any: one F32 for each source."""
+    """Offset of the global scales, if there are any: one F32 for each source. Their divisors, if any, follow them."""
     table_rows_bytes: int
     """Offset of the table row of each scale, I32 ``[count]``; unused if a scale is its own table row."""
     table_bytes: int
@@ -102,9 +102,8 @@ def code_windows(
     dtypes, nbytes = checkpoint.dtypes, checkpoint.nbytes
     for row in sorted(moves, key=lambda row: (checkpoint.file_ids[row], checkpoint.offsets[row])):
         decode = decodes[row]
-        parts = (decode.scales, decode.zero_points, decode.global_scale)
         global_nbytes = None if decode.global_scale is None else nbytes[decode.global_scale]
-        part_dtypes = [None if part is None else dtypes[part] for part in parts]
+        part_dtypes = [None if part is None else dtypes[part] for part in decode.part_rows]
         for dtype in {move.dtype: None for move in moves[row]}:
             to_dtype = [move for move in moves[row] if move.dtype == dtype]
             places_read = [(move.box, move.source_offset) for move in to_dtype]
@@ -210,9 +209,11 @@ class _Window:
                 self._read(checkpoint, decode.zero_points, offset_bytes, nbytes, at)
                 at += nbytes
         globals_bytes = at = align_up(at)
-        for slab, _, decode, _ in placed_slabs:
-            if decode.global_scale is not None:
-                self._read(checkpoint, decode.global_scale, slab.global_bytes, GLOBAL_BYTES, at)
+        globals_of = [(decode.global_scale, slab.global_bytes) for slab, _, decode, _ in placed_slabs]
+        divisors = [(decode.global_divisor, slab.global_bytes) for slab, _, decode, _ in placed_slabs]
+        for part, offset_bytes in (*globals_of, *divisors):
+            if part is not None:
+                self._read(checkpoint, part, offset_bytes, GLOBAL_BYTES, at)
                 at += GLOBAL_BYTES
         table_rows_bytes = align_up(at)
         count = sum([placed.slab.scale_count for placed in placed_slabs])

@@ -88,8 +88,11 @@ def _job(source: CodedSource, start: int, stop: int, parts: Sequence[Move]) -> R
     global_bytes = None
     if source.decode.global_scale is not None:
         global_bytes = end
-        reads.append(_read(source, source.decode.global_scale, source.global_bytes(start), GLOBAL_BYTES, end))
-        end = align_up(end + GLOBAL_BYTES)
+        for part in (source.decode.global_scale, source.decode.global_divisor):
+            if part is not None:
+                reads.append(_read(source, part, source.global_bytes(start), GLOBAL_BYTES, end))
+                end += GLOBAL_BYTES
+        end = align_up(end)
     size = itemsize(source.dtype)
     rectangles = [
         CodeRectangle(
@@ -105,6 +108,7 @@ def _job(source: CodedSource, start: int, stop: int, parts: Sequence[Move]) -> R
             zero_points=zero_points,
             zero_row=source.decode.zero_packing.skipped(first),
             global_bytes=global_bytes,
+            has_divisor=source.decode.global_divisor is not None,
             block_row=source.block_row(element) - first,
             block_column=c0 // source.decode.block[1],
         )

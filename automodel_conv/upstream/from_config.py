@@ -19,7 +19,7 @@ from automodel_conv.dtypes import torch_dtype
 from automodel_conv.errors import DOCUMENTATION, Advice, ConversionError, UnsupportedError, message
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint
-from automodel_conv.files.config import check_config, model_type_of
+from automodel_conv.files.config import architectures_of, check_config, model_type_of
 from automodel_conv.recipes import RECIPES
 from automodel_conv.recipes.experts import call_for
 from automodel_conv.upstream.registry import transformers_available
@@ -109,21 +109,36 @@ def refuse_unknown_type(checkpoint: Checkpoint, path: str) -> None:
         message(
             f"transformers {transformers.__version__} has no model type {model_type!r}",
             where=path,
-            do=[_rules_for(model_type, checkpoint.names), _NEWER, *_OTHERWISE],
+            do=[_rules_for(model_type, architectures_of(checkpoint.directory), checkpoint.names), _NEWER, *_OTHERWISE],
         )
     )
 
 
-def _rules_for(model_type: str, names: Iterable[str]) -> Advice:
-    """Return the advice to pass a recipe, the rules that names suggest, or rules of the caller's own."""
+def _rules_for(model_type: str, architectures: Iterable[str], names: Iterable[str]) -> Advice:
+    """Return the advice to pass a recipe, the rules that classes or names suggest, or rules of the caller's own."""
     by_hand = f"rules of your own: {DOCUMENTATION}tasks/recipes/"
     in_python = f"in Python, pass {by_hand}"
     if model_type in RECIPES:
         return f"pass {{rules=automodel_conv.recipes.{RECIPES[model_type].__name__}()}}"
+    for architecture in architectures:
+        known_type = _type_with_rules(architecture)
+        if known_type is not None:
+            rules = f'{{rules=automodel_conv.get_checkpoint_conversion_mapping("{known_type}")}}'
+            return f"pass {rules} if its names are those of {architecture}", in_python
     call = call_for(names)
     if call is None:
         return f"pass {{rules=[...]}}, {by_hand}", in_python
     return f"pass {{rules=automodel_conv.recipes.{call}}} if these are its experts", in_python
+
+
+def _type_with_rules(architecture: str) -> str | None:
+    """Return the ``model_type`` of a class of transformers if rules are registered for the type."""
+    import transformers
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    config_class = getattr(getattr(transformers, architecture, None), "config_class", None)
+    model_type = getattr(config_class, "model_type", None)
+    return model_type if model_type and get_checkpoint_conversion_mapping(model_type) else None
 
 
 def model_class(config: Any, where: str) -> tuple[Any, Any]:

@@ -18,7 +18,7 @@ from automodel_conv.planning.methods.method import (
     part_name,
     weight_name,
 )
-from automodel_conv.planning.methods.table import METHODS
+from automodel_conv.planning.methods.table import METHODS, method_of
 
 
 def test_formats_have_the_bits_of_their_tables():
@@ -86,7 +86,16 @@ FLOAT8 = {"num_bits": 8, "type": "float"}
         ("fbgemm_fp8", {}, Scheme("e4m3", CHANNEL, FLOAT_SCALES)),
         ("mxfp4", {}, Scheme("e2m1", (1, 32), EXPONENT_SCALES)),
         ("modelopt", {"quant_algo": "fp8"}, Scheme("e4m3", TENSOR, FLOAT_SCALES)),
+        ("modelopt", {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}, Scheme("e4m3", CHANNEL, FLOAT_SCALES)),
+        ("modelopt", {"quant_algo": "fp8_pb_wo"}, Scheme("e4m3", (128, 128), FLOAT_SCALES)),
+        ("modelopt", {"quant_algo": "FP8_BLOCK_SCALES", "group_size": 64}, Scheme("e4m3", (64, 64), FLOAT_SCALES)),
+        ("modelopt", {"quant_algo": "MXFP8"}, Scheme("e4m3", (1, 32), EXPONENT_SCALES)),
         ("modelopt", {"quant_algo": "NVFP4"}, Scheme("e2m1", (1, 16), FP8_SCALES, global_scale=True)),
+        ("modelopt", {"quant_algo": "NVFP4", "group_size": 0}, Scheme("e2m1", (1, 16), FP8_SCALES, global_scale=True)),
+        ("modelopt", {"quant_algo": "W4A16_NVFP4"}, Scheme("e2m1", (1, 16), FP8_SCALES, global_scale=True)),
+        ("modelopt", {"quant_algo": "W4A8_NVFP4_FP8"}, Scheme("e2m1", (1, 16), FP8_SCALES, global_scale=True)),
+        ("modelopt", {"quant_algo": "W4A8_MXFP4_FP8"}, Scheme("e2m1", (1, 32), EXPONENT_SCALES)),
+        ("modelopt", {"quantization": {"quant_algo": "MXFP8"}}, Scheme("e4m3", (1, 32), EXPONENT_SCALES)),
         (
             "compressed-tensors",
             compressed("pack-quantized", **INT4, strategy="group", group_size=32, symmetric=False),
@@ -131,7 +140,33 @@ def test_config_states_its_scheme(method, config, scheme):
     assert METHODS[method].schemes(config)[0] == scheme
 
 
+def test_schemes_of_mixed_precision_are_stated_for_their_modules():
+    layers = {
+        "a": {"quant_algo": "mxfp8"},
+        "b": {"quant_algo": "NVFP4", "group_size": 16},
+        "c.*": {"quant_algo": "MXFP8"},
+    }
+    first, second = METHODS["modelopt"].schemes({"quant_algo": "MIXED_PRECISION", "quantized_layers": layers})
+    assert first == Scheme("e4m3", (1, 32), EXPONENT_SCALES, modules=modules_of(["a", "c.*"]))
+    assert second == Scheme("e2m1", (1, 16), FP8_SCALES, global_scale=True, modules=modules_of(["b"]))
+    of_experts = {"quant_method": "fp8", "quant_algo": "MIXED_PRECISION", "moe_quant_algo": "NVFP4"}
+    *dense, experts = method_of(of_experts).schemes(of_experts)
+    assert dense == METHODS["fp8"].schemes(of_experts)
+    assert experts == second._replace(modules=modules_of(["*.experts", "*.experts.*"]))
+
+
+@pytest.mark.parametrize("alias", ["modelopt_fp4", "modelopt_mxfp8", "modelopt_mixed"])
+def test_method_has_the_names_of_vllm(alias):
+    assert method_of({"quant_method": alias}) is METHODS["modelopt"]
+
+
+@pytest.mark.parametrize("name", ["modelopt_int8", "FP8", None, 3, ["fp8"]])
+def test_other_names_are_of_no_method(name):
+    assert method_of({"quant_method": name}) is None
+
+
 def test_config_for_only_the_kv_cache_states_no_scheme():
+    assert METHODS["modelopt"].schemes({"kv_cache_quant_algo": "NVFP4"}) == []
     assert METHODS["modelopt"].schemes({"kv_cache_scheme": "FP8"}) == []
     assert METHODS["compressed-tensors"].schemes({"config_groups": {"0": {"weights": None}}}) == []
 
@@ -140,6 +175,8 @@ def test_config_for_only_the_kv_cache_states_no_scheme():
     ("method", "config", "named"),
     [
         ("modelopt", {"quant_algo": "W4A8"}, "W4A8"),
+        ("modelopt", {"quant_algo": "nvfp4_awq"}, "modelopt's NVFP4_AWQ, which multiplies inputs by a pre_quant_scale"),
+        ("modelopt", {"quant_algo": None}, "modelopt's NONE"),
         ("compressed-tensors", compressed("pack-quantized", num_bits=3, type="int"), "3-bit int"),
         ("compressed-tensors", compressed("pack-quantized", **INT4, actorder="group"), "activation order"),
         ("compressed-tensors", compressed("float-quantized", **FLOAT8, symmetric=False), "zero points of e4m3"),

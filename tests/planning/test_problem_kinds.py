@@ -25,6 +25,12 @@ def test_many_problems_of_one_kind_are_one_text_with_three_names_and_a_count(cou
     assert scales_missing(count).texts() == [text]
 
 
+def test_as_many_as_wanted_are_told_one_by_one():
+    assert len(scales_missing(20).texts(20)) == 20
+    [text] = scales_missing(21).texts(20)
+    assert text.endswith("; likewise a1, a2 and 18 more")
+
+
 def test_kinds_are_in_the_order_of_their_first_problems():
     problems = ProblemKinds()
     for name in ("b", "a", "c", "d"):

@@ -162,18 +162,51 @@ def values_of(stored: Stored, shape: torch.Size, zeros: Tensor, block: tuple[int
     return unpack_from_int32(packed, 4, shape).double() - spread(zeros, block, shape)
 
 
-def modelopt_nvfp4(weight: Tensor) -> tuple[Stored, Tensor]:
-    """Quantize in modelopt's format, whose global scale multiplies the others. A stack has one for each matrix."""
-    groups = weight.double().unflatten(-1, (-1, 16))
+def modelopt(algorithm: str, make: Callable[[Tensor], tuple[Stored, Tensor]], **config: Any) -> Producer:
+    """Return a format of modelopt, whose scales have the suffix ``_scale`` whatever ``make`` calls them."""
+
+    def renamed(weight: Tensor) -> tuple[Stored, Tensor]:
+        stored, exact = make(weight)
+        return {suffix.replace("_scale_inv", "_scale"): part for suffix, part in stored.items()}, exact
+
+    return Producer({"quant_method": "modelopt", "quant_algo": algorithm, **config}, renamed)
+
+
+def per_channel(weight: Tensor) -> tuple[Stored, Tensor]:
+    """Quantize with one scale for each row, which FP8_PER_CHANNEL_PER_TOKEN stores without a second dimension."""
+    stored, exact = block_wise(weight, (1, weight.shape[1]))
+    return stored | {"_scale_inv": stored["_scale_inv"].flatten()}, exact
+
+
+def square_blocks(weight: Tensor) -> tuple[Stored, Tensor]:
+    """Quantize in FP8_PB_WO's blocks of 128 x 128, whose scales have two more dimensions, of size 1."""
+    stored, exact = block_wise(weight, (128, 128))
+    return stored | {"_scale_inv": stored["_scale_inv"][:, None, :, None]}, exact
+
+
+def modelopt_mxfp4(weight: Tensor) -> tuple[Stored, Tensor]:
+    """Quantize as DeepSeek-V4's experts are, with modelopt's names and dtypes."""
+    stored, exact = packed_fp4(weight)
+    return {"": stored[""].view(torch.uint8), "_scale": stored[".scale"].view(torch.uint8)}, exact
+
+
+def weights_only_nvfp4(weight: Tensor) -> tuple[Stored, Tensor]:
+    """Quantize in modelopt's NVFP4 without scales of activations."""
+    stored, exact = modelopt_nvfp4(weight)
+    return {suffix: part for suffix, part in stored.items() if "input" not in suffix}, exact
+
+
+def modelopt_nvfp4(weight: Tensor, size: int = 16) -> tuple[Stored, Tensor]:
+    """Quantize in modelopt's NVFP4, whose global scale multiplies the others. A stack has one for each matrix."""
+    groups = weight.double().unflatten(-1, (-1, size))
     common = (weight.double().abs().amax((-2, -1)) / (6 * 448)).float()
     scales = (groups.abs().amax(-1) / 6 / common.double()[..., None, None]).float().to(torch.float8_e4m3fn)
     factors = scales.double() * common.double()[..., None, None]
-    nearest = (
-        ((groups / factors[..., None])[..., None] - FP4).abs().nan_to_num(0).argmin(-1).to(torch.uint8).flatten(-2)
-    )
+    numbers = (groups / factors[..., None]).nan_to_num(0).flatten(-2)
+    nearest = torch.bucketize(numbers.abs(), (FP4[:7] + FP4[1:8]) / 2).add(8 * (numbers < 0)).to(torch.uint8)
     codes = nearest[..., 0::2] | nearest[..., 1::2] << 4
-    exact = FP4[nearest.long()] * factors.repeat_interleave(16, -1)
-    return {"": codes, "_scale": scales, "_scale_2": common, "_input_scale": torch.ones(())}, exact
+    exact = FP4[nearest.long()] * factors.repeat_interleave(size, -1)
+    return {"": codes, "_scale": scales, "_scale_2": common, ".input_scale": torch.ones(())}, exact
 
 
 def int4_by_input(weight: Tensor, group: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -259,7 +292,14 @@ PRODUCERS: dict[str, Producer] = {
     "awq": awq(32),
     "awq per channel": awq(-1),
     "nvfp4": compressed("nvfp4-pack-quantized", 700.0, **FLOAT4, strategy="tensor_group", group_size=16),
-    "nvfp4 of modelopt": Producer({"quant_method": "modelopt", "quant_algo": "NVFP4"}, modelopt_nvfp4),
+    "fp8 of modelopt": modelopt("FP8", one_scale),
+    "fp8 per channel of modelopt": modelopt("FP8_PER_CHANNEL_PER_TOKEN", per_channel),
+    "fp8 blocks of modelopt": modelopt("fp8_pb_wo", square_blocks),
+    "fp8 blocks under their other name": modelopt("FP8_BLOCK_SCALES", square_blocks),
+    "mxfp8 of modelopt": modelopt("MXFP8", mxfp8),
+    "nvfp4 of modelopt": modelopt("NVFP4", modelopt_nvfp4, group_size=16),
+    "nvfp4 of modelopt, weights only": modelopt("W4A16_NVFP4", weights_only_nvfp4, group_size=16),
+    "mxfp4 of modelopt": modelopt("W4A8_MXFP4_FP8", modelopt_mxfp4, group_size=32),
     "mxfp4 of compressed-tensors": compressed(
         "mxfp4-pack-quantized", **FLOAT4, strategy="group", group_size=32, scale_dtype="torch.uint8"
     ),

@@ -90,7 +90,7 @@ def k3(sizes: tuple[int, int] = (96, 160), experts: int = 3) -> Family:
 
     Sources: config.json of moonshotai/Kimi-K3; https://github.com/lablup/mlxcel/issues/1334 for names and dtypes.
     """
-    latent, hidden, heads = sizes[1], 192, 6
+    latent, hidden = sizes[1], 192
     producer = PRODUCERS["mxfp4 of compressed-tensors"]
     ignored = [*UNQUANTIZED, "re:.*lm_head.*", "re:.*vision_tower.*", "re:.*mm_projector.*"]
     quantized = {**producer.config, "ignore": ignored}
@@ -110,7 +110,7 @@ def k3(sizes: tuple[int, int] = (96, 160), experts: int = 3) -> Family:
         **mlp("language_model.model.layers.0.mlp", hidden, 64),
         f"{layer}.mlp_res_norm.weight": ((hidden,), PLAIN),
         f"{layer}.self_attention_res_proj.weight": ((1, hidden), PLAIN),
-        f"{layer}.self_attn.A_log": ((heads,), FLOAT32),
+        f"{layer}.self_attn.A_log": ((8,), FLOAT32),
         f"{layer}.self_attn.q_conv1d.weight": ((64, 1, 4), FLOAT32),
         f"{layer}.self_attn.q_proj.weight": ((64, hidden), PLAIN),
         f"{moe}.gate.weight": ((experts, hidden), PLAIN),

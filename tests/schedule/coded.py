@@ -25,6 +25,10 @@ FORMATS = {
     "bf16 scales, a global scale for each matrix": dict(
         code_format="e2m1", scales="BF16", has_global="each", block=(2, 4)
     ),
+    "nvfp4, a quotient for each matrix": dict(
+        code_format="e2m1", scales="U8", has_global="each", has_divisor=True, block=(1, 4)
+    ),
+    "bf16 scales, a quotient": dict(code_format="e2m1", scales="BF16", has_global=True, has_divisor=True, block=(1, 2)),
     "int4 with zero points": dict(code_format="int4", scales="BF16", zero_points=True, block=(1, 4)),
     "gptq": dict(
         code_format="int4", scales="BF16", zero_points=True, block=(2, 8), packing=ZeroPacking(True, 0x11111111)
@@ -88,6 +92,7 @@ def add_source(
     has_global,
     packing=PLAIN_ZEROS,
     word=(),
+    has_divisor=False,
 ):
     """Add a quantized source. Return its row, its ``Decode`` and its values in float64, flat."""
     bits = CODE_BITS[code_format]
@@ -108,7 +113,7 @@ def add_source(
             values = (raw.astype(np.uint32) << 16).view(np.float32)
     values = values[:, [stored_column(column, word) for column in range(across)]]
     at = file.add(f"{name}.scales", scales, raw)
-    zeros_row = global_row = None
+    zeros_row = global_row = divisor_row = None
     zeros = np.full((down, across), 8)
     if zero_points:
         zeros = random.integers(0, 16, (down, across))
@@ -123,8 +128,20 @@ def add_source(
         stored = random.normal(size=matrices if has_global == "each" else 1).astype(np.float32)
         common[:] = stored
         global_row = file.add(f"{name}.global", "F32", stored)
+        if has_divisor:
+            divisor = random.normal(size=stored.shape).astype(np.float32)
+            common[:] = stored / divisor
+            divisor_row = file.add(f"{name}.divisor", "F32", divisor)
     decode = Decode(
-        code_format, (rows, columns), block, at, zeros_row, global_row, zero_packing=packing, scale_word=word
+        code_format,
+        (rows, columns),
+        block,
+        at,
+        zeros_row,
+        global_row,
+        zero_packing=packing,
+        scale_word=word,
+        global_divisor=divisor_row,
     )
     numbers = np.empty((matrices, rows, columns), np.float64)
     for m, r, c in np.ndindex(numbers.shape):
@@ -212,6 +229,10 @@ def scale_at(memory: bytearray, start: int, dtype: str, index: int) -> float:
     return float(np.frombuffer(bytes(memory[start + 4 * index : start + 4 * index + 4]), np.float32)[0])
 
 
+def quotient(common: float, divisor: float) -> float:
+    return float(np.float32(common) / np.float32(divisor))
+
+
 def number_at(memory: bytearray, start: int, column: int, code_format: str, zero: int | None) -> float:
     """Return the value of a code, less its zero point, in a row of codes that starts at a byte."""
     if CODE_BITS[code_format] == 8:
@@ -246,6 +267,8 @@ def run_job(file: File, job: ReadAndCopy, written: Written) -> None:
         decode, scales, zeros = rectangle.decode, rectangle.scales, rectangle.zero_points
         assert rectangle.values_bytes % 4 == 0
         common = 1.0 if rectangle.global_bytes is None else scale_at(memory, rectangle.global_bytes, "F32", 0)
+        if rectangle.has_divisor:
+            common = quotient(common, scale_at(memory, rectangle.global_bytes, "F32", 1))
         for row, column in np.ndindex(rectangle.shape):
             block_row = rectangle.block_row + (rectangle.start[0] + row) // decode.block[0]
             block_column = rectangle.block_column + (rectangle.start[1] + column) // decode.block[1]
@@ -319,7 +342,10 @@ def _stored_index(group: ScaleGroup, index: int) -> int:
 
 
 def _common_of(memory: bytearray, group: ScaleGroup, source: int) -> float:
-    return scale_at(memory, group.globals_bytes, "F32", source) if group.kind.has_global else 1.0
+    common = scale_at(memory, group.globals_bytes, "F32", source) if group.kind.has_global else 1.0
+    if group.kind.has_divisor:
+        return quotient(common, scale_at(memory, group.globals_bytes, "F32", group.sources + source))
+    return common
 
 
 class Case:

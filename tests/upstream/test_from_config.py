@@ -192,6 +192,31 @@ def test_type_that_transformers_lacks_is_named_with_rules_for_it(tmp_path, model
         assert re.search(advice, str(caught.value))
 
 
+@pytest.mark.parametrize(
+    ("architectures", "known_type"),
+    [(["DeepseekV3ForCausalLM"], "deepseek_v3"), (["Nobodys", "MixtralForCausalLM"], "mixtral")],
+)
+def test_type_with_a_class_of_transformers_is_advised_the_rules_of_that_class(tmp_path, architectures, known_type):
+    # Source: config.json of sgl-project/DeepSeek-V4-Flash-FP8, of type deepseek_ref.
+    save_file({"a.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    config = {"model_type": "nobodys", "architectures": architectures}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(amc.UnsupportedError) as caught:
+        amc.compile_plan(tmp_path)
+    call = f'automodel_conv.get_checkpoint_conversion_mapping("{known_type}")'
+    assert f"pass rules={call} if its names are those of {architectures[-1]};" in str(caught.value)
+    assert eval(call, {"automodel_conv": amc})
+
+
+@pytest.mark.parametrize("architectures", [["LlamaForCausalLM"], ["Nobodys"], ["path"], "Text", [3], None], ids=str)
+def test_classes_without_rules_are_passed_over(tmp_path, architectures):
+    save_file({"a.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    config = {"model_type": "nobodys", "architectures": architectures}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(amc.UnsupportedError, match=r"pass rules=\[\.\.\.\], rules of your own"):
+        amc.compile_plan(tmp_path)
+
+
 def test_type_registered_by_a_user_is_not_unknown(tmp_path):
     class KimiConfig(transformers.PreTrainedConfig):
         model_type = "kimi_k2"

@@ -107,6 +107,11 @@ class Scheme(NamedTuple):
     """Whether the weight has a global scale."""
     zero_packing: ZeroPacking = ZeroPacking()
     """How the zero points are stored, if there are any."""
+    stack_arrangement: Arrangement | None = None
+    """How each matrix of a stack is viewed as its weight, instead of as its ``Packing`` states.
+
+    If it is not None, only stacks of matrices have the scheme.
+    """
     modules: Modules = ANY_MODULE
     """Modules that the config states the scheme for. It decides between schemes that fit the parts of a weight, and a
     weight of these modules must fit one of their schemes. Any other weight may have the scheme too."""
@@ -121,6 +126,10 @@ class Method:
 
     name: str
     """The value of ``quant_method`` in configs."""
+    aliases: tuple[str, ...] = ()
+    """Further values of ``quant_method`` that mean the same."""
+    model_types: tuple[str, ...] = ()
+    """Model types whose checkpoints have the method if their config mentions none. They may also be unquantized."""
     schemes: Callable[[Mapping[str, Any]], list[Scheme]]
     """Function that returns all schemes that a config allows, or none if only the KV cache is quantized. It raises
     ``UnsupportedScheme`` for a scheme that is not supported. A TypeError, ValueError, KeyError or AttributeError means
@@ -140,6 +149,10 @@ class Method:
     """Suffixes of global scales: one F32, or one for each matrix of a stack. A weight has at most one of them."""
     divides: bool = False
     """Whether the global scale divides the other scales. Otherwise it multiplies them."""
+    global_divisor: str = ""
+    """Suffix of a tensor like the global scale, which divides it; see ``Decode``."""
+    like_upstream: bool = False
+    """Whether values are always rounded as transformers rounds them, because its code alone defines the method."""
     dropped: tuple[str, ...] = ()
     """Suffixes of tensors that only a quantized forward pass needs."""
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -173,10 +186,12 @@ def part_name(weight: str, suffix: str) -> str | None:
     A suffix is appended to the name of the weight. If it starts with a dot, it replaces the last component, "weight".
     If it starts with "_weight", the last component is another one, such as that of "experts.down_proj".
     """
+    if not suffix.startswith((".", "_weight")):
+        return weight + suffix
     module, _, leaf = weight.rpartition(".")
     if suffix.startswith("."):
         return module + suffix if leaf == "weight" else None
-    return None if leaf == "weight" and suffix.startswith("_weight") else weight + suffix
+    return None if leaf == "weight" else weight + suffix
 
 
 def weight_name(part: str, suffix: str) -> str:
