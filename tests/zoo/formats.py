@@ -181,6 +181,28 @@ def llama4_nvfp4(shape: Shape, random: torch.Generator) -> tuple[Stored, Tensor]
     return {"": codes, **parts}, exact
 
 
+def inkling2_loop_nvfp4(shape: Shape, random: torch.Generator) -> tuple[Stored, Tensor]:
+    """Return Inkling2Loop's NVFP4 of a stack ``[E, rows, columns]``: FP8 scales of 16 codes, a quotient per expert.
+
+    Quotients have so few bits that no product of transformers, in float32, is rounded. Source: transformers 5.24.0,
+    ``Inkling2LoopDequantizeExperts`` in ``core_model_loading.py``.
+    """
+    experts, rows, columns = shape
+    codes = fp4_codes(shape, random)
+    scales = fp8_codes((experts, rows, columns // 16), random).float().abs().to(torch.float8_e4m3fn)
+    amax = torch.randint(128, 256, (experts,), generator=random).float()
+    parts = {"_scale": scales, "_amax": amax, "_outer_scale_denominator": torch.full((experts,), 4096.0)}
+    blocks = fp4_values(codes.flatten(0, 1)).reshape(experts, rows, columns // 16, 16) * scales.double()[..., None]
+    return {"": codes, **parts}, (blocks * (amax / 4096.0).double()[:, None, None, None]).reshape(shape)
+
+
+def inkling2_loop_mxfp8(shape: Shape, random: torch.Generator) -> tuple[Stored, Tensor]:
+    """Return Inkling2Loop's MXFP8 of a stack: exponents of 32 codes. Source: as ``inkling2_loop_nvfp4``."""
+    codes = fp8_codes(shape, random)
+    scales = exponents((*shape[:2], shape[2] // 32), random)
+    return {"": codes, "_scale": scales}, codes.double() * powers(scales).repeat_interleave(32, -1)
+
+
 def unpacked_nibbles(words: Tensor) -> Tensor:
     """Return the eight numbers of each 32-bit word, the lowest bits first, in a new last dimension."""
     return torch.stack([(words >> (4 * place)) & 15 for place in range(8)], -1)
@@ -193,13 +215,13 @@ def _words(shape: Shape, random: torch.Generator) -> Tensor:
 def gptq(shape: Shape, random: torch.Generator) -> tuple[Stored, Tensor]:
     """Return GPTQ of 4 bits and groups of 128, in the order of the columns; zero points are stored less 1.
 
-    Sources: auto-gptq's and gptqmodel's ``qlinear`` as vLLM 0.33.0 reads them, ``quantization/gptq.py``.
+    Sources: gptqmodel 5.4, ``nn_modules/qlinear/torch.py`` and ``convert_gptq_v1_to_v2_format_module``.
     """
     out, columns = shape
     words, zeros = _words((columns // 8, out), random), _words((columns // 128, out // 8), random)
     scales = float_scales((columns // 128, out), random).half()
     codes = unpacked_nibbles(words).transpose(1, 2).reshape(columns, out)  # nibble k of row r is input 8 r + k
-    points = (unpacked_nibbles(zeros).reshape(columns // 128, out) + 1) & 15
+    points = unpacked_nibbles(zeros + 0x11111111).reshape(columns // 128, out)  # one addition for all eight
     groups = torch.arange(columns) // 128
     exact = (codes - points[groups]).double() * scales.double()[groups]
     parts = {".qweight": words, ".qzeros": zeros, ".scales": scales, ".g_idx": groups.to(torch.int32)}
@@ -287,6 +309,8 @@ FORMATS: dict[str, Format] = {
     "ModelOpt NVFP4": Format(nvfp4(), _modelopt("NVFP4", group_size=16)),
     "ModelOpt W4A16_NVFP4": Format(nvfp4(False), _modelopt("W4A16_NVFP4", group_size=16)),
     "ModelOpt NVFP4 of Llama-4": Format(llama4_nvfp4, _modelopt("NVFP4", group_size=16)),
+    "Inkling2Loop NVFP4": Format(inkling2_loop_nvfp4, {}),
+    "Inkling2Loop MXFP8": Format(inkling2_loop_mxfp8, {}),
     "Quark MXFP4": Format(
         mxfp4("_scale", torch.uint8, torch.uint8),
         _quark(dtype="fp4", qscheme="per_group", group_size=32, scale_format="e8m0", scale_type="float8_e8m0fnu"),

@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tests.zoo import configs
 from tests.zoo.configs import Config
@@ -49,10 +49,21 @@ class Row:
 
 PACKED = No("packed codes stay as they are", "codes of the format .* cannot be rearranged")
 OF_A_MATRIX = No("one scale for a whole matrix", "its scales cannot be combined")
-OF_A_ROW = No("a scale for each row, which a transposed layout would divide", "its scales would not fit the config")
+OF_A_ROW = No("blocks of one row, which a transposed layout cannot have", "its scales would not fit the config")
+OF_ONE_DIMENSION = No("the scales of rows have one dimension", "its scales cannot be combined")
+OF_FOUR_DIMENSIONS = No("the scales have four dimensions", "its scales cannot be combined")
 OWN_NAMES = No("scales are not named after the weight", "are not named after it")
 NO_QUANTIZER = No("transformers has no quantizer of it", "transformers would load codes of quantized tensors as values")
+NO_RULE = No("transformers has no rule that groups these experts", "transformers would initialize the experts")
 ROUNDED = No("left to transformers, which rounds twice", "left")
+
+
+NO_LAYOUT = No("the model does not state the layout of its experts", "does not state their layout")
+MIXED = {
+    "quant_method": "modelopt",
+    "quant_algo": "MIXED_PRECISION",
+    "quantized_layers": {"model.layers.0.block_sparse_moe.experts": {"quant_algo": "NVFP4", "group_size": 16}},
+}
 
 
 def _needs(package: str, error: str) -> No:
@@ -85,6 +96,7 @@ def _row(
     config: Config | None = None,
     weights: str = EACH,
     divides: bool = False,
+    settings: Mapping[str, Any] | None = None,
     **no: No,
 ) -> Row:
     """Return the row of a format.
@@ -93,10 +105,11 @@ def _row(
         format: its key in ``FORMATS``, by default ``name``.
         config: model whose experts are quantized, by default Mixtral.
         divides: whether experts are published grouped, and quantized one by one.
+        settings: the ``quantization_config``, by default that of the format.
     """
     format = format or name
-    settings = FORMATS[format].settings
-    small = one_layer(config or configs.mixtral())
+    settings = settings or FORMATS[format].settings or None
+    small = one_layer(config or configs.mixtral()) if settings else configs.inkling2_loop()
     record = Published(
         name=name, config=small, special="", formats=((weights, format),), settings=settings, divides_experts=divides
     )
@@ -119,13 +132,36 @@ ROWS: tuple[Row, ...] = (
         config=configs.granitemoe(),
         divides=True,
         codes_laid_out=OF_A_ROW,
-        hook=No("transformers has no rule that groups these experts", "transformers would initialize the experts"),
+        hook=NO_RULE,
     ),
     _row("compressed-tensors NVFP4", "RedHatAI's NVFP4", codes_laid_out=PACKED, hook=ROUNDED),
     _row("compressed-tensors MXFP4", "Kimi-K3", codes_laid_out=PACKED),
     _row("fbgemm_fp8", "Llama-4-Maverick-17B-128E-Instruct-FP8", codes_laid_out=OF_A_ROW, hook=FBGEMM),
     _row("ModelOpt FP8", "Nemotron-3-Super-120B-A12B-FP8", codes_laid_out=OF_A_MATRIX, hook=NO_QUANTIZER),
     _row("ModelOpt NVFP4", "Kimi-K2.5-NVFP4, GLM-5-NVFP4", codes_laid_out=PACKED, hook=NO_QUANTIZER),
+    _row("ModelOpt FP8 per channel", "ModelOpt's users", codes_laid_out=OF_ONE_DIMENSION, hook=NO_QUANTIZER),
+    _row(
+        "ModelOpt FP8_PB_WO", "ModelOpt's users, for TensorRT-LLM", codes_laid_out=OF_FOUR_DIMENSIONS, hook=NO_QUANTIZER
+    ),
+    _row("ModelOpt MXFP8", "MiniMax-M3-NVFP4, outside its experts", codes_laid_out=OF_A_ROW, hook=NO_QUANTIZER),
+    _row("ModelOpt W4A16_NVFP4", "ModelOpt's users", codes_laid_out=PACKED, hook=NO_QUANTIZER),
+    _row(
+        "ModelOpt MIXED_PRECISION, by module",
+        "MiniMax-M3-NVFP4, DeepSeek-V4-Flash-NVFP4",
+        format="ModelOpt NVFP4",
+        settings=MIXED,
+        codes_laid_out=PACKED,
+        hook=NO_QUANTIZER,
+    ),
+    _row(
+        "ModelOpt NVFP4 of Llama-4",
+        "Llama-4-Scout-17B-16E-Instruct-NVFP4",
+        config=configs.llama4(),
+        weights=FUSED,
+        laid_out=NO_LAYOUT,
+        codes_laid_out=NO_LAYOUT,
+        hook=NO_QUANTIZER,
+    ),
     _row(
         "ModelOpt NVFP4 of Gemma-4, per expert",
         "Gemma-4-26B-A4B-NVFP4",
@@ -133,7 +169,20 @@ ROWS: tuple[Row, ...] = (
         config=configs.gemma4(),
         divides=True,
         codes_laid_out=PACKED,
-        hook=NO_QUANTIZER,
+        hook=NO_RULE,
+    ),
+    _row(
+        "Inkling2Loop NVFP4, a quotient per expert",
+        "Inkling2Loop",
+        format="Inkling2Loop NVFP4",
+        weights=r"experts\.w(13|2)_weight$",
+        codes_laid_out=PACKED,
+    ),
+    _row(
+        "Inkling2Loop MXFP8",
+        "Inkling2Loop",
+        weights=r"experts\.w(13|2)_weight$",
+        codes_laid_out=OF_A_ROW,
     ),
     _row("Quark MXFP4", "amd's MXFP4", codes_laid_out=PACKED, hook=QUARK),
     _row("Quark FP8", "amd's FP8", hook=QUARK),
@@ -151,12 +200,13 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-_BETWEEN = re.compile(r"(?<=<!-- table of tests/zoo/rows.py -->\n\n).*?(?=\n<!-- end of the table -->)", re.DOTALL)
+_START, _END = "<!-- table of tests/zoo/rows.py -->\n\n", "\n<!-- end of the table -->"
 
 
 def page(text: str) -> str:
     """Return the page with the table in its place."""
-    return _BETWEEN.sub(lambda match: table(), text)
+    before, after = text.split(_START)[0], text.split(_END)[1]
+    return before + _START + table() + _END + after
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ import automodel_conv as amc
 from automodel_conv.testing import assert_bytes_equal
 from tests.zoo.ranks import assert_ranks_read_their_parts
 from tests.zoo.rows import COLUMNS, PAGE, ROWS, page
-from tests.zoo.writing import write
+from tests.zoo.writing import is_known, write
 
 LAYOUTS = ("nemo", "gpt_oss", "vllm")
 
@@ -23,6 +23,8 @@ LAYOUTS = ("nemo", "gpt_oss", "vllm")
 @pytest.fixture(scope="module", params=ROWS, ids=lambda row: row.record.name)
 def case(request, tmp_path_factory):
     """Write a checkpoint of one layer; return the row, the files, and what transformers loads of the values."""
+    if not is_known(request.param.record):
+        pytest.skip("this transformers does not have the type")
     written = write(request.param.record, tmp_path_factory.mktemp("format"))
     values = written.model_class.from_pretrained(written.twin, dtype="auto").state_dict()
     return request.param, written, values
@@ -57,7 +59,7 @@ def codes_laid_out(row, written, values, directory):
 
 
 def hook(row, written, values, directory):
-    settings = row.record.settings
+    settings = row.record.settings or {}
     decode = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if "config_groups" in settings else {}
     with amc.accelerate_transformers() as acceleration:
         model = written.model_class.from_pretrained(written.directory, dtype="auto", **decode)
@@ -91,7 +93,7 @@ def test_cell_is_true(case, works, tmp_path):
 
 def test_page_has_the_table():
     text = PAGE.read_text(encoding="utf-8")
-    assert text.count("\n| ") == len(ROWS) + 1
+    assert all(f"| {row.record.name} |" in text for row in ROWS)
     assert text == page(text), "do: python -m tests.zoo.rows"
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from tests.kernels.test_code_tables import rounded
 from tests.model_zoo import build_published, write_checkpoint
@@ -57,6 +57,11 @@ def write(record: Published, directory: Path) -> Written:
     save(stored, directory / "published", published_config(record), record.modelopt)
     save(grouped(values, names), directory / "twin", readable_config(record), None)
     return Written(directory / "published", directory / "twin", stored, type(model))
+
+
+def is_known(record: Published) -> bool:
+    """Return whether the installed transformers has the model type."""
+    return readable_config(record)["model_type"] in CONFIG_MAPPING
 
 
 def readable_config(record: Published) -> dict[str, Any]:
