@@ -88,7 +88,10 @@ def _block(weight: Mapping[str, Any]) -> Block:
 
 
 def _scales(weight: Mapping[str, Any]) -> frozenset[str]:
-    """Return the dtypes of scales. A config states exponents as a format of scales, or as their type."""
+    """Return the dtypes of scales.
+
+    A config states exponents as a format of scales, or as their type.
+    """
     stated = weight.get("scale_format")
     if stated not in (None, "float32", "e8m0"):
         raise UnsupportedScheme(f"quark's scales of {stated}", ["float32", "e8m0"])
