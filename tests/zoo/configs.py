@@ -213,3 +213,14 @@ def inkling2_loop() -> Config:
     config |= {"n_layers_per_attn_res_block": 1, "moe_intermediate_size": 32, "n_routed_experts": 12}
     config |= {"num_experts_per_tok": 1, "vocab_size": 40, "unpadded_vocab_size": 37, "hidden_size": 64}
     return config | {"eos_token_id": 1}
+
+
+def qwen4_exp_text() -> Config:
+    config = _COMMON | _QWEN_EXPERTS | {"num_attention_heads": 6, "head_dim": 16, "dtype": "bfloat16"}
+    config |= {"model_type": "qwen4_exp_text", "architectures": ["Qwen4ExpForCausalLM"], "eos_token_id": 2}
+    config |= {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "hc_count": 3}
+    config |= {"linear_key_head_dim": 10, "linear_value_head_dim": 14, "linear_num_key_heads": 2, "hc_lowrank": 10}
+    config |= {"linear_num_value_heads": 4, "shared_expert_intermediate_size": 128, "ple_layer_ids": [1]}
+    config |= {"ple_embed_dim": 48, "heads_per_ngram": 2, "ngram_vocab_size_base": 40, "split_ngram_parts": 12}
+    config |= {"make_ngram_vocab_size_divisible_by": 12, "indexer_n_heads": 5, "indexer_kv_heads": 1}
+    return config | {"indexer_head_dim": 20, "indexer_budget": 8, "indexer_compress_ratio": 2}

@@ -17,7 +17,8 @@ from torch import Tensor
 from tests.quantized.producers import FLOAT4, FLOAT8, INT4, Producer, compressed, fp4_values, spread
 
 Stored = dict[str, Tensor]
-"""Tensors by the suffix after the name of the weight. A suffix with a dot in front replaces ``.weight``."""
+"""Tensors by the suffix after the name of the weight. A suffix with a dot in front replaces ``.weight``; one
+with ``../`` is next to the module."""
 Shape = tuple[int, ...]
 Make = Callable[[Shape, torch.Generator], tuple[Stored, Tensor]]
 
@@ -85,6 +86,15 @@ def fine_grained(block: tuple[int, int], suffix: str = "_scale_inv", scale_dtype
         return {"": codes, suffix: stored}, codes.double() * spread(wide, block, torch.Size(shape))
 
     return make
+
+
+def fp8_shards(shape: Shape, random: torch.Generator) -> tuple[Stored, Tensor]:
+    """Return a shard of Qwen3.8-Flash-Next's n-gram embedding: FP8, and a bfloat16 scale that all shards share.
+
+    Source: vllm#55040.
+    """
+    codes, scale = fp8_codes(shape, random), torch.tensor(0.000199, dtype=torch.bfloat16)
+    return {"": codes, "../weight_scale": scale}, codes.double() * scale.double()
 
 
 def per_channel(suffix: str, dims: int = 2) -> Make:
@@ -287,6 +297,7 @@ FORMATS: dict[str, Format] = {
     "FP8, exponents per 32 x 32": Format(
         fine_grained((32, 32), ".scale", _E8M0), _FP8 | {"scale_fmt": "ue8m0", "weight_block_size": [32, 32]}
     ),
+    "FP8 shards with one scale": Format(fp8_shards, _FP8),
     "FP4 experts of DeepSeek": Format(mxfp4(".scale", torch.int8, _E8M0), _FP8 | {"scale_fmt": "ue8m0"}),
     "MXFP4 of gpt-oss": Format(gpt_oss_mxfp4, {"quant_method": "mxfp4"}),
     "compressed-tensors INT4": _compressed("pack-quantized", **INT4, strategy="group", group_size=32),

@@ -52,6 +52,7 @@ OF_A_MATRIX = No("one scale for a whole matrix", "its scales cannot be combined"
 OF_A_ROW = No("blocks of one row, which a transposed layout cannot have", "its scales would not fit the config")
 OF_ONE_DIMENSION = No("the scales of rows have one dimension", "its scales cannot be combined")
 OF_FOUR_DIMENSIONS = No("the scales have four dimensions", "its scales cannot be combined")
+SHARDS = No("shards are joined as values only", "cannot be cast for .*ngram_embedding")
 OWN_NAMES = No("scales are not named after the weight", "are not named after it")
 NO_QUANTIZER = No("transformers has no quantizer of it", "transformers would load codes of quantized tensors as values")
 NO_RULE = No("transformers has no rule that groups these experts", "transformers would initialize the experts")
@@ -103,13 +104,13 @@ def _row(
 
     Args:
         format: its key in ``FORMATS``, by default ``name``.
-        config: model whose experts are quantized, by default Mixtral.
+        config: model with weights in the format, by default Mixtral of one layer.
         divides: whether experts are published grouped, and quantized one by one.
         settings: the ``quantization_config``, by default that of the format.
     """
     format = format or name
     settings = settings or FORMATS[format].settings or None
-    small = one_layer(config or configs.mixtral()) if settings else configs.inkling2_loop()
+    small = one_layer(configs.mixtral()) if config is None else config
     record = Published(
         name=name, config=small, special="", formats=((weights, format),), settings=settings, divides_experts=divides
     )
@@ -120,8 +121,15 @@ ROWS: tuple[Row, ...] = (
     _row("FP8, one scale per block", "DeepSeek-V3, Qwen3-FP8, GLM-5-FP8, MiniMax-M2.5, MiMo-V2-Flash"),
     _row("FP8, exponents per block", "DeepSeek-V4-Flash, outside its experts", codes_laid_out=OWN_NAMES),
     _row("FP8, exponents per 32 x 32", "DeepSeek-V4.1-Flash, outside its experts", codes_laid_out=OWN_NAMES),
+    _row(
+        "FP8 shards with one scale",
+        "Qwen3.8-Flash-Next-FP8, its n-gram embedding",
+        config=configs.qwen4_exp_text(),
+        weights=r"ngram_embedding\.shard_\d+\.weight$",
+        codes_laid_out=SHARDS,
+    ),
     _row("FP4 experts of DeepSeek", "DeepSeek-V4-Flash, V4.1-Flash", codes_laid_out=PACKED),
-    _row("MXFP4 of gpt-oss", "gpt-oss", config=configs.gpt_oss(), weights=FUSED, codes_laid_out=PACKED),
+    _row("MXFP4 of gpt-oss", "gpt-oss", config=one_layer(configs.gpt_oss()), weights=FUSED, codes_laid_out=PACKED),
     _row("compressed-tensors INT4", "Kimi-K2-Thinking, Kimi-K2.5", codes_laid_out=PACKED),
     _row("compressed-tensors INT4 with zero points", "RedHatAI's W4A16_ASYM", codes_laid_out=PACKED),
     _row("compressed-tensors FP8", "RedHatAI's FP8-dynamic", codes_laid_out=OF_A_ROW),
@@ -129,7 +137,7 @@ ROWS: tuple[Row, ...] = (
         "compressed-tensors FP8 of Granite, per expert",
         "RedHatAI's and IBM's FP8 of Granite",
         format="compressed-tensors FP8",
-        config=configs.granitemoe(),
+        config=one_layer(configs.granitemoe()),
         divides=True,
         codes_laid_out=OF_A_ROW,
         hook=NO_RULE,
@@ -156,7 +164,7 @@ ROWS: tuple[Row, ...] = (
     _row(
         "ModelOpt NVFP4 of Llama-4",
         "Llama-4-Scout-17B-16E-Instruct-NVFP4",
-        config=configs.llama4(),
+        config=one_layer(configs.llama4()),
         weights=FUSED,
         laid_out=NO_LAYOUT,
         codes_laid_out=NO_LAYOUT,
@@ -166,7 +174,7 @@ ROWS: tuple[Row, ...] = (
         "ModelOpt NVFP4 of Gemma-4, per expert",
         "Gemma-4-26B-A4B-NVFP4",
         format="ModelOpt NVFP4",
-        config=configs.gemma4(),
+        config=one_layer(configs.gemma4()),
         divides=True,
         codes_laid_out=PACKED,
         hook=NO_RULE,
@@ -175,12 +183,14 @@ ROWS: tuple[Row, ...] = (
         "Inkling2Loop NVFP4, a quotient per expert",
         "Inkling2Loop",
         format="Inkling2Loop NVFP4",
+        config=configs.inkling2_loop(),
         weights=r"experts\.w(13|2)_weight$",
         codes_laid_out=PACKED,
     ),
     _row(
         "Inkling2Loop MXFP8",
         "Inkling2Loop",
+        config=configs.inkling2_loop(),
         weights=r"experts\.w(13|2)_weight$",
         codes_laid_out=OF_A_ROW,
     ),

@@ -138,6 +138,8 @@ def _with_scales(parts: Stored, exact: Tensor, dtype: torch.dtype) -> tuple[Stor
 
 
 def part_name(weight: str, suffix: str) -> str:
+    if suffix.startswith("../"):
+        return f"{weight.rsplit('.', 2)[0]}.{suffix[3:]}"
     return weight.removesuffix(".weight") + suffix if suffix.startswith(".") else weight + suffix
 
 
