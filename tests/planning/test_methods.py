@@ -95,6 +95,7 @@ FLOAT8 = {"num_bits": 8, "type": "float"}
         ("modelopt", {"quant_algo": "W4A16_NVFP4"}, Scheme("e2m1", (1, 16), FP8_SCALES, global_scale=True)),
         ("modelopt", {"quant_algo": "W4A8_NVFP4_FP8"}, Scheme("e2m1", (1, 16), FP8_SCALES, global_scale=True)),
         ("modelopt", {"quant_algo": "W4A8_MXFP4_FP8"}, Scheme("e2m1", (1, 32), EXPONENT_SCALES)),
+        ("modelopt", {"quant_algo": "W8A16"}, Scheme("int8", CHANNEL, FLOAT_SCALES)),
         ("modelopt", {"quantization": {"quant_algo": "MXFP8"}}, Scheme("e4m3", (1, 32), EXPONENT_SCALES)),
         (
             "compressed-tensors",

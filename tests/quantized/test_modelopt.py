@@ -28,6 +28,7 @@ from tests.model_zoo import write_checkpoint
 from tests.quantized.producers import (
     PRODUCERS,
     block_wise,
+    int8_per_channel,
     modelopt_nvfp4,
     packed_fp4,
     square_blocks,
@@ -64,6 +65,7 @@ MAKE = {
     "NVFP4 g32": with_wider_scales,
     "W4A16_NVFP4": weights_only_nvfp4,
     "W4A8_MXFP4_FP8": PRODUCERS["mxfp4 of modelopt"].make,
+    "W8A16": int8_per_channel,
     "dense of DeepSeek-V4": exponents,
     "experts of DeepSeek-V4": packed_fp4,
 }
@@ -225,7 +227,7 @@ def edited(directory, change):
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-def refused(directory, error=amc.QuantizationError):
+def refused(directory, error: type[amc.ConversionError] = amc.QuantizationError):
     """Return the error of both doors, which is the same and short."""
     texts = []
     for door in (amc.load_state_dict, amc.compile_plan):
@@ -312,8 +314,7 @@ def test_part_that_does_not_fit_is_named(tmp_path, kind, change, problem):
         ("W4A8_AWQ", "multiplies inputs by a pre_quant_scale"),
         ("w4a16_awq", "multiplies inputs by a pre_quant_scale"),
         ("NVFP4_SVD", "adds a low-rank residual"),
-        ("W8A8_SQ_PER_CHANNEL", "stores INT8"),
-        ("W8A16", "stores INT8"),
+        ("W8A8_SQ_PER_CHANNEL", "multiplies inputs by a pre_quant_scale"),
         ("Q4_K", ""),
     ],
 )
