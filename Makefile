@@ -11,7 +11,7 @@ LEG := .ci/leg
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal --hypothesis-profile=ci
 
 # Releases of transformers to test in addition to that of requirements-dev.txt, all with the same build of torch.
-OTHER_TRANSFORMERS := 5.17.0 5.12.1
+OTHER_TRANSFORMERS := 5.23.0 5.17.0 5.12.1
 # Older packages to install with a release that the shared environment is too new for.
 EXTRA_5.12.1 := tokenizers==0.22.2
 # Tests of the code that calls transformers' objects. `test` runs them on every release; `test-long` runs all tests that

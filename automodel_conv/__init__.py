@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from automodel_conv import recipes as recipes  # a module: the others are imported by their own names
     from automodel_conv.compiling.options import LoadOptions
     from automodel_conv.compiling.planned import compile_plan
     from automodel_conv.conversion_mapping import (

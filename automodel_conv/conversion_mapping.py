@@ -12,7 +12,7 @@ Keys are renamed in two forms:
   or strips the base-model prefix. A first-match mapping cannot express that in general.
 
 Source: ``nemo_automodel.components.checkpoint.conversion_mapping`` at 36044ad, in 0.7.0 and at
-a3c90c430; ``transformers.conversion_mapping`` and ``core_model_loading``, 5.12.1 to 5.23.0.
+a3c90c430; ``transformers.conversion_mapping`` and ``core_model_loading``, 5.12.1 to 5.24.0.
 """
 
 from __future__ import annotations

@@ -137,11 +137,12 @@ def compare_checkpoints(
     """Compare as ``verify_checkpoint`` does, and also return whether the checkpoint is a copy of the source."""
     drop = [drop] if isinstance(drop, str) else list(drop)
     checkpoint, other = open_downloaded(source), open_downloaded(destination)
-    if layout is None and rules is None:
+    rules = None if rules is None else list(rules)
+    if layout is None and rules != []:
         stated = stated_layout(other, None)
-        keeps_all = source_layout is None and dtype is None
+        keeps_all = rules is None and source_layout is None and dtype is None
         as_they_are = keeps_all and _have_same_form(checkpoint, other, stated, drop)
-        layout, rules = (None, []) if as_they_are else (stated, None)
+        layout, rules = (None, []) if as_they_are else (stated, rules)
     conversion = compile_conversion(
         checkpoint,
         rules=rules,

@@ -5,7 +5,7 @@ computed here, so every device writes the same bytes.
 
 Sources of the formats: e4m3 (bias 7, no infinity, NaN at 0x7f and 0xff) and e5m2 (bias 15), OCP 8-bit Floating Point
 Specification 1.0; e2m1 and the scale e8m0 (``2 ** (byte - 127)``, 255 is NaN), OCP Microscaling Formats Specification
-1.0; int4, ``code - 8``, ``compressed_tensors`` (``pack_quantized``).
+1.0; int4, ``code - 8``, ``compressed_tensors`` (``pack_quantized``); int8, two's complement.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ CODE_VALUES: dict[str, tuple[float, ...]] = {
     "e5m2": _signed([*_float_values(5, 2, 15)[:124], inf, nan, nan, nan]),
     "e2m1": _signed(_float_values(2, 1, 1)),
     "int4": tuple(float(code - _INT4_ZERO) for code in range(16)),
+    "int8": tuple(float(code - (code & 128) * 2) for code in range(256)),
 }
 """The value of each code without a scale, by format."""
 
@@ -91,7 +92,7 @@ def code_table(
     becomes the ``CANONICAL_NAN``.
 
     Args:
-        code_format: ``"e4m3"``, ``"e5m2"``, ``"e2m1"`` or ``"int4"``.
+        code_format: ``"e4m3"``, ``"e5m2"``, ``"e2m1"``, ``"int4"`` or ``"int8"``.
         scales: scales ``[SR, SC]`` as stored, one for each block: float32, bfloat16 or float16; float8_e8m0fnu, or
             uint8 for the same bytes; float8_e4m3fn (NVFP4).
         dtype: dtype of the values: float32, bfloat16 or float16.
@@ -217,7 +218,7 @@ def _code_values(code_format: str, dtype: torch.dtype, device: torch.device) -> 
 def _exact_dtype(scales: torch.dtype, has_global: bool) -> torch.dtype:
     """Return a dtype that holds the products of codes and scales.
 
-    A scale of 16 bits has at most 8 or 11 significant bits, so a product has at most 15, and is a multiple of 2**-149.
+    A scale of 16 bits has at most 8 or 11 significant bits, so a product has at most 18, and is a multiple of 2**-149.
     Every step is exact in float32, or infinite if the result is.
     """
     return torch.float32 if scales.itemsize == 2 and not has_global else torch.float64
@@ -283,6 +284,16 @@ def scale_table(
             products = products / factor if divide else products * factor
         _round(products, out[rows], like_upstream)
     return out
+
+
+def rounded_quotients(scales: Tensor, divisors: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``scales / divisors`` in float32, of values that are rounded to ``dtype`` first.
+
+    transformers casts all parts of a weight to the dtype of the parameter before it computes with them.
+    Source: transformers 5.24.0, ``_materialize_copy`` and ``Inkling2LoopDequantizeExperts`` in
+    ``core_model_loading.py``.
+    """
+    return scales.to(dtype).to(torch.float32) / divisors.to(dtype).to(torch.float32)
 
 
 def _round(exact: Tensor, out: Tensor, like_upstream: bool) -> None:

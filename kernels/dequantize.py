@@ -42,10 +42,7 @@ class DequantizeConstants(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """The arguments of a launch besides its geometry.
-
-    Columns count bytes of codes.
-    """
+    """The arguments of a launch besides its geometry."""
 
     step: int  # step between elements of a destination's row, in elements
     block_rows: int  # rows of a block, or their binary logarithm
@@ -81,8 +78,8 @@ def dequantize(
             each block that the matrix extends over. No row may be beyond the table. This is not checked.
         table: ``[T, 2**bits]``, contiguous, with elements of 2 or 4 bytes. All matrices share it.
         bits: bits per code, 8 or 4.
-        block: rows and columns of a block. Columns fill whole bytes of codes, so with 4 bits their number is even.
-        start: row and column of its first block at which a matrix starts. Columns fill whole bytes here too.
+        block: rows and columns of a block.
+        start: row and column of its first block at which a matrix starts.
 
     Values are written 16 bytes at a time under four conditions, and otherwise one by one:
 
@@ -162,9 +159,8 @@ def dequantize_launches(
         is_transposed: rows of ``dst`` are columns of the codes.
         step: step between elements of a row of ``dst``, in elements.
     """
-    per_byte = 8 // bits
-    blocks = Blocks(step, block[0], block[1] // per_byte, start[0], start[1] // per_byte, table_rows.columns)
-    blocks, by_shifts = _by_shifts(blocks, codes.rows, codes.columns)
+    blocks = Blocks(step, *block, *start, table_rows.columns)
+    blocks, by_shifts = _by_shifts(blocks, codes.rows, codes.columns * 8 // bits)
     in_one_block = alignment(np.array([block[1] | start[1]])).item() if table_rows.columns > 1 else MAX_ACCESS_BYTES
     geometry = Geometry(codes.rows, codes.columns, codes.row_stride, dst.row_stride, blocks)
     constants = DequantizeConstants(
@@ -177,7 +173,7 @@ def dequantize_launches(
     return launches_by_alignment((dst, codes), 1, choose, (table_rows, tables))
 
 
-def _by_shifts(blocks: Blocks, rows: int, nbytes: int) -> tuple[Blocks, bool]:
+def _by_shifts(blocks: Blocks, rows: int, columns: int) -> tuple[Blocks, bool]:
     """Replace the sizes of blocks by their binary logarithms if all are powers of two; return whether they are.
 
     A block that is larger than the matrix counts as any larger power of two.
@@ -185,7 +181,7 @@ def _by_shifts(blocks: Blocks, rows: int, nbytes: int) -> tuple[Blocks, bool]:
     sizes = []
     for block, start, size in (
         (blocks.block_rows, blocks.start_row, rows),
-        (blocks.block_columns, blocks.start_column, nbytes),
+        (blocks.block_columns, blocks.start_column, columns),
     ):
         sizes.append(1 << (start + size).bit_length() if block >= start + size else block)
     if any(size & (size - 1) for size in sizes):
@@ -246,8 +242,8 @@ def dequantize_tiles(
 ):
     """Compute ``dst[r, c] = values[table_rows[block of (r, c)], code(r, c)]``.
 
-    A row of the table is ``[dst, codes, table_rows, values]``. Columns of matrices and of blocks count bytes of codes.
-    ``columns_v`` and the source's stride count vectors of ``SRC_VECTOR`` bytes, each in one block. The destination's
+    A row of the table is ``[dst, codes, table_rows, values]``. Columns of blocks count codes. ``columns_v`` and the
+    source's stride count vectors of ``SRC_VECTOR`` bytes, each in one block unless it is one byte. The destination's
     stride counts vectors of ``DST_VECTOR`` elements. With ``TRANSPOSED``, ``rows_v`` counts these too and the result is
     ``dst[c, r]``. With ``STEPPED``, elements of a destination's row are ``step`` apart and are stored one by one.
 
@@ -274,18 +270,20 @@ def dequantize_tiles(
     codes = pointer_to(tl.load(entry + 1), tl.uint8, SRC_VECTOR) + (r0.to(tl.int64) * src_stride + b0)
     codes = tl.load(codes + (r * src_stride + b), mask=mask, other=0).to(tl.int32)
 
-    # One table row for each vector of codes.
+    # One table row for each vector of codes, or for each code if they are decoded one by one.
     VECTORS: tl.constexpr = TILE_ROWS * READS // SRC_VECTOR
     flat = tl.arange(0, VECTORS) * SRC_VECTOR
     r, b = flat // READS, flat % READS // READERS
     row = r + (r0 + start_row)
-    byte = b + (b0 + start_column)
+    column = (b + b0) * PER_BYTE + start_column
+    if READERS > 1:
+        column += flat % READERS
     if BY_SHIFTS:
-        table_row = (row >> block_rows) * table_rows_stride + (byte >> block_columns)
+        table_row = (row >> block_rows) * table_rows_stride + (column >> block_columns)
     else:
         # No operand is negative, and unsigned division needs fewer instructions.
-        row, byte = row.to(tl.uint32) // block_rows.to(tl.uint32), byte.to(tl.uint32) // block_columns.to(tl.uint32)
-        table_row = row.to(tl.int32) * table_rows_stride + byte.to(tl.int32)
+        row, column = row.to(tl.uint32) // block_rows.to(tl.uint32), column.to(tl.uint32) // block_columns.to(tl.uint32)
+        table_row = row.to(tl.int32) * table_rows_stride + column.to(tl.int32)
     table_rows = pointer_to(tl.load(entry + 2), TABLE_ROW, 1)
     table_row = tl.load(table_rows + table_row, mask=(r < rows - r0) & (b < columns - b0), other=0)
     # A pointer for each vector is cheaper than a sum for each code.

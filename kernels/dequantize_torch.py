@@ -85,16 +85,24 @@ def dequantize_torch(
     check_dequantize(dst, codes, table_rows, table, bits=bits, block=block, start=start)
     if not dst or not dst[0].numel():
         return
-    lookup = _lookup(table, bits, len(codes) * codes[0].numel())
+    in_bytes = not any(columns * bits % 8 for columns in (block[1], start[1]))
+    lookup = _lookup(table, bits, len(codes) * codes[0].numel(), in_bytes)
     block_bytes, first_byte = block[1] * bits // 8, start[1] * bits // 8
     for out, matrix, matrix_rows in zip(dst, codes, table_rows, strict=True):
         for rows, columns in _pieces(*matrix.shape, is_transposed=is_stored_by_columns(out)):
             index = _index(matrix[rows, columns], lookup)
             grid_rows = torch.arange(start[0] + rows.start, start[0] + rows.stop, device=table.device) // block[0]
-            begin, end = first_byte + columns.start, first_byte + columns.stop
-            grid_columns = slice(begin // block_bytes, -(-end // block_bytes))
-            selected = matrix_rows[:, grid_columns].index_select(0, grid_rows)
-            _add_table_rows(index, selected, begin % block_bytes, block_bytes, lookup)
+            if in_bytes:
+                begin, end = first_byte + columns.start, first_byte + columns.stop
+                grid_columns = slice(begin // block_bytes, -(-end // block_bytes))
+                selected = matrix_rows[:, grid_columns].index_select(0, grid_rows)
+                _add_table_rows(index, selected, begin % block_bytes, block_bytes, lookup)
+            else:
+                first, last = (start[1] + byte * 2 for byte in (columns.start, columns.stop))
+                grid_columns = torch.arange(first, last, device=table.device) // block[1]
+                selected = matrix_rows.index_select(1, grid_columns).index_select(0, grid_rows)
+                # The two offsets of a byte of codes, in the order of its two indices.
+                index += selected.to(torch.int32).mul_(lookup.width).view(torch.int64)
             _look_up(out[rows, columns.start * 8 // bits : columns.stop * 8 // bits], index, lookup)
 
 
@@ -126,14 +134,6 @@ def check_dequantize(
     if min(block) < 1 or any(not 0 <= s < b for s, b in zip(start, block, strict=True)):
         raise ConversionError(
             message("a matrix must start inside its first block", found=f"start {start}, block {block}")
-        )
-    if block[1] % per_byte or start[1] % per_byte:
-        raise ConversionError(
-            message(
-                "blocks must hold whole bytes of codes",
-                expected="an even number of columns",
-                found=f"start {start}, block {block}",
-            )
         )
     if table.dim() != 2 or table.shape[1] != 1 << bits or not table.is_contiguous() or not 0 < table.numel() < _INT32:
         raise ConversionError(
@@ -196,13 +196,17 @@ def _pieces(rows: int, nbytes: int, *, is_transposed: bool) -> Iterator[tuple[sl
             yield slice(row, min(row + height, rows)), slice(byte, min(byte + width, nbytes))
 
 
-def _lookup(table: Tensor, bits: int, nbytes: int) -> _Lookup:
-    """Return the fastest lookup for ``nbytes`` bytes of codes."""
+def _lookup(table: Tensor, bits: int, nbytes: int, in_bytes: bool) -> _Lookup:
+    """Return the fastest lookup for ``nbytes`` bytes of codes.
+
+    Args:
+        in_bytes: whether all codes of a byte are in one block.
+    """
     words = table.view(_INTEGERS[table.element_size()])
     rows = len(table)
     if bits == 8:
         return _Lookup(words.view(-1), 256, nibbles=False)
-    if rows > _MAX_PAIRED_ROWS or 256 * rows * _PAIRS_WORTH > nbytes:
+    if not in_bytes or rows > _MAX_PAIRED_ROWS or 256 * rows * _PAIRS_WORTH > nbytes:
         return _Lookup(words.view(-1), 16, nibbles=True)
     pairs = torch.stack([words.repeat(1, 16), words.repeat_interleave(16, 1)], 2)
     return _Lookup(pairs.view(_INTEGERS[2 * table.element_size()]).view(-1), 256, nibbles=False)

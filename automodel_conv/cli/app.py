@@ -22,10 +22,12 @@ from automodel_conv.cli.options import (
     NewLayoutOption,
     PathArgument,
     ProgressOption,
+    RecipeOption,
     SourceArgument,
     SourceLayoutOption,
     ThreadsOption,
     dtype_named,
+    rules_of,
     show_progress,
 )
 from automodel_conv.cli.printing import count_of, print_if_grouped, print_kept_codes, print_names, print_table
@@ -90,6 +92,7 @@ def plan(
             help="Plan for the model that config.json describes, or keep the names of the checkpoint.",
         ),
     ] = True,
+    recipe: RecipeOption = None,
     mesh: Annotated[
         str | None,
         typer.Option(
@@ -107,7 +110,7 @@ def plan(
     sizes = None if mesh is None else parse_mesh(mesh)
     checkpoint = automodel_conv.open_checkpoint(path, revision=revision)
     compiled = automodel_conv.compile_plan(
-        checkpoint, rules=None if model else [], layout=layout, source_layout=source_layout
+        checkpoint, rules=rules_of(model, recipe), layout=layout, source_layout=source_layout
     )
     typer.echo(compiled.summary())
     print_names((), compiled.left_out)
@@ -135,6 +138,7 @@ def load(
         str | None,
         typer.Option(help="Dtype of floating tensors, such as bfloat16. Default: the model's."),
     ] = None,
+    recipe: RecipeOption = None,
     device: Annotated[str, typer.Option(help="Device to load to, such as cuda:0.")] = "cpu",
     threads: Annotated[
         int | None, typer.Option(min=1, help="Reader threads. Default: chosen for this machine.")
@@ -151,6 +155,7 @@ def load(
 
     loaded = automodel_conv.load_state_dict(
         path,
+        rules=rules_of(True, recipe),
         layout=layout,
         source_layout=source_layout,
         dtype=dtype_named(dtype),
@@ -177,6 +182,7 @@ def convert(
     drop: DropOption = None,
     max_shard_size: Annotated[str, typer.Option(help="Maximum size of an output file, such as 5GB or 300MiB.")] = "5GB",
     model: ModelOption = True,
+    recipe: RecipeOption = None,
     resume: Annotated[bool, typer.Option(help="Continue an interrupted conversion, or start again.")] = True,
     verify: Annotated[bool, typer.Option(help="Read each output file back and compare it with the source.")] = True,
     checksums: Annotated[bool, typer.Option("--checksums", help="Write a checksum for each tensor.")] = False,
@@ -192,7 +198,7 @@ def convert(
     from automodel_conv.publishing.conversion import compile_conversion
 
     arguments: dict[str, Any] = {
-        "rules": None if model else [],
+        "rules": rules_of(model, recipe),
         "layout": layout,
         "source_layout": source_layout,
         "dtype": dtype_named(dtype),
@@ -242,6 +248,7 @@ def verify(
     dequantize: DequantizeOption = False,
     drop: DropOption = None,
     model: ModelOption = True,
+    recipe: RecipeOption = None,
     threads: ThreadsOption = None,
     progress: ProgressOption = None,
 ) -> None:
@@ -259,7 +266,7 @@ def verify(
     verified = compare_checkpoints(
         source,
         destination,
-        rules=None if model else [],
+        rules=rules_of(model, recipe),
         layout=layout,
         source_layout=source_layout,
         dtype=dtype_named(dtype),
@@ -280,6 +287,7 @@ def measure(
     layout: LayoutOption = None,
     dtype: NewDtypeOption = None,
     model: ModelOption = True,
+    recipe: RecipeOption = None,
     most: Annotated[str, typer.Option(help="Maximum bytes of tensors to time, such as 8GB.")] = "8GB",
     threads: Annotated[
         int | None, typer.Option(min=1, help="Maximum number of threads to time. Default: as for load.")
@@ -295,7 +303,7 @@ def measure(
         path,
         layout=layout,
         dtype=dtype_named(dtype),
-        use_model=model,
+        rules=rules_of(model, recipe),
         most_bytes=parse_size(most),
         most_threads=threads,
         drop_cache=cold,

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -101,9 +102,9 @@ class Bench:
 def bench(
     path: str | os.PathLike[str],
     *,
+    rules: Sequence[Any] | None = None,
     layout: str | None = None,
     dtype: torch.dtype | None = None,
-    use_model: bool = True,
     most_bytes: int = DEFAULT_SAMPLE_BYTES,
     most_threads: int | None = None,
     drop_cache: bool = False,
@@ -112,9 +113,9 @@ def bench(
 
     Args:
         path: see ``load_state_dict``.
+        rules: see ``load_state_dict``.
         layout: see ``load_state_dict``.
         dtype: see ``load_state_dict``.
-        use_model: use the names of the model of ``config.json``. False: use those of the checkpoint.
         most_bytes: bytes of targets to time at most; never more than a third of the machine's memory.
         most_threads: largest number of threads. Loads run with 1, 2, 4 and so on up to it. None: the default of loads.
         drop_cache: drop the files from the page cache first, so that the first read is from the disk.
@@ -126,7 +127,6 @@ def bench(
         UnsupportedError: see ``compile_plan``; or there is nothing to time.
         ReadError: a read failed.
     """
-    rules = None if use_model else []
     compile_plan(open_downloaded(path), rules=rules, layout=layout, dtype=dtype)  # so that imports are not timed
     start = time.perf_counter()
     checkpoint = open_downloaded(path)

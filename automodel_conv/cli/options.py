@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from automodel_conv.planning.layouts import LAYOUTS, PER_EXPERT
+from automodel_conv.recipes import RECIPES
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +59,29 @@ ModelOption = Annotated[
     bool,
     typer.Option("--model/--no-model", help="Use the names of the model in config.json, or those of the source."),
 ]
+
+RecipeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help=f"Use the rules of a recipe, for types that transformers does not have: {', '.join(sorted(RECIPES))}.",
+    ),
+]
+
+
+def rules_of(model: bool, recipe: str | None) -> list[Any] | None:
+    """Return the argument ``rules`` for the values of ``ModelOption`` and ``RecipeOption``.
+
+    Raises:
+        typer.BadParameter: there is no such recipe, or both options exclude the rules of the model.
+    """
+    if recipe is None:
+        return None if model else []
+    if not model:
+        raise typer.BadParameter("a recipe has rules, and --no-model keeps all names", param_hint="--recipe")
+    if recipe not in RECIPES:
+        raise typer.BadParameter(f"no recipe {recipe!r}, only {', '.join(sorted(RECIPES))}", param_hint="--recipe")
+    return RECIPES[recipe]()
 
 
 def show_progress(progress: bool | None) -> bool:

@@ -10,6 +10,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from automodel_conv.errors import ConversionError
 from automodel_conv.planning.layouts import LAYOUTS, PER_EXPERT
+from automodel_conv.recipes import RECIPES
 
 # Arguments as errors write them in braces (see ``errors.py``), and the options of the command line for them.
 IN_OPTIONS = {
@@ -22,7 +23,7 @@ IN_OPTIONS = {
     "layout": "--layout",
     "layout=": "--layout",
     "resume=False": "--no-resume",
-    "rules": "--no-model",
+    "rules": "--no-model or --recipe",
     "rules=[]": "--no-model",
     "source_layout": "--source-layout",
     "source_layout=": "--source-layout",
@@ -37,6 +38,8 @@ IN_COMMANDS = {
     'convert_checkpoint(..., layout="per_expert")': "automodel-conv convert --layout per_expert",
     "convert_checkpoint(..., rules=[], dequantize=True)": "automodel-conv convert --no-model --dequantize",
 }
+
+_RECIPES = "rules=automodel_conv.recipes."
 
 
 class Command(TyperCommand):
@@ -64,7 +67,13 @@ class Commands(TyperGroup):
 
 def _in_options(argument: str, options: Container[str]) -> str | None:
     """Return how a command with these options writes an argument of Python; None if it has no such option."""
-    option = IN_OPTIONS.get(argument)
+    option = _recipe_option(argument) if argument.startswith(_RECIPES) else IN_OPTIONS.get(argument)
     if option is not None and any(word in options for word in option.split()):
         return option
     return IN_COMMANDS.get(argument)
+
+
+def _recipe_option(argument: str) -> str | None:
+    """Return the option for the rules of a recipe; None if only Python has them."""
+    options = {f"{_RECIPES}{recipe.__name__}()": f"--recipe {name}" for name, recipe in RECIPES.items()}
+    return options.get(argument)

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
-from automodel_conv.errors import QuantizationError, message
-from automodel_conv.execution.reading import read_whole
+import torch
+
+from automodel_conv.errors import QuantizationError, UnsupportedError, message
+from automodel_conv.execution.reading import read_each, read_whole
 from automodel_conv.files.checkpoint import Checkpoint
-from automodel_conv.files.config import MODELOPT_NAME, quantization
+from automodel_conv.files.config import CONFIG_NAME, MODELOPT_NAME, Quantization, model_type_of, quantization
 from automodel_conv.planning.code_names import has_codes
 from automodel_conv.planning.copies import SourceTable
-from automodel_conv.planning.quantization import padding_suspects, quantized_table
-from automodel_conv.planning.schemes import KEEP
+from automodel_conv.planning.quantization import (
+    PaddingSuspect,
+    group_indices,
+    padding_suspects,
+    quantized_table,
+    without_padding,
+)
+from automodel_conv.planning.schemes import KEEP, implied_config
 
 
 def decoded_table(checkpoint: Checkpoint, needs_values: bool) -> SourceTable:
@@ -22,19 +31,33 @@ def decoded_table(checkpoint: Checkpoint, needs_values: bool) -> SourceTable:
 
     Raises:
         CheckpointError: ``config.json``, or modelopt's own file, is malformed.
-        QuantizationError: see ``quantized_table``; or the checkpoint has codes and scales, no config describes them,
-            and ``needs_values`` is true.
+        UnsupportedError: see ``quantized_table``; or the columns of a group are not consecutive.
+        QuantizationError: see ``quantized_table`` and ``unpadded_table``; or the checkpoint has codes and scales, no
+            config describes them, and ``needs_values`` is true.
     """
     table = SourceTable.from_checkpoint(checkpoint)
-    config = quantization(checkpoint.directory)
+    config = quantization_of(checkpoint)
     if config is not None:
         decoded = quantized_table(table, config.settings, where=config.path)
-        _refuse_padding(checkpoint, padding_suspects(table, decoded, config.settings), decoded)
-        return decoded
+        _refuse_shuffled_groups(checkpoint, group_indices(decoded, config.settings))
+        return unpadded_table(checkpoint, decoded, padding_suspects(table, decoded, config.settings))
     codes = has_codes(table) if needs_values else None
     if codes is not None:
         raise codes_without_config(codes, checkpoint)
     return table
+
+
+def quantization_of(checkpoint: Checkpoint) -> Quantization | None:
+    """Return how a checkpoint is quantized as its config states, or as its model type implies; None if neither does.
+
+    Raises:
+        CheckpointError: see ``decoded_table``.
+    """
+    stated = quantization(checkpoint.directory)
+    if stated is not None:
+        return stated
+    settings = implied_config(model_type_of(checkpoint.directory))
+    return None if settings is None else Quantization(settings, os.path.join(checkpoint.directory, CONFIG_NAME))
 
 
 def codes_without_config(codes: str, checkpoint: Checkpoint) -> QuantizationError:
@@ -49,27 +72,73 @@ def codes_without_config(codes: str, checkpoint: Checkpoint) -> QuantizationErro
     )
 
 
-def _refuse_padding(checkpoint: Checkpoint, suspects: Iterable[tuple[int, str]], table: SourceTable) -> None:
-    """Refuse packed codes whose rows end in padding, which is not supported.
+def unpadded_table(checkpoint: Checkpoint, decoded: SourceTable, suspects: Iterable[PaddingSuspect]) -> SourceTable:
+    """Return a table whose weights have only the columns that are not padding.
+
+    The true shape of a weight is data of a tensor. A table of a remote checkpoint has all columns, because it is
+    compiled from headers only. A load compiles its own, and refuses a plan in which columns are padding.
+
+    Args:
+        checkpoint: the checkpoint.
+        decoded: ``quantized_table`` of the checkpoint.
+        suspects: see ``padding_suspects``.
+
+    Raises:
+        QuantizationError: a true shape does not fit the packed codes.
+    """
+    if checkpoint.is_remote:
+        return decoded
+    widths = {}
+    for row, shape_name, codes_per_element in suspects:
+        shape_row = checkpoint.position.get(shape_name)
+        if shape_row is None:
+            continue
+        *lead, columns = decoded.shapes[row]
+        stored_shape = checkpoint.shapes[shape_row]
+        is_shape = stored_shape == (len(lead) + 1,)
+        true_shape = read_whole(shape_row, checkpoint).tolist() if is_shape else stored_shape
+        if true_shape == [*lead, columns]:
+            continue
+        least = columns - codes_per_element + 1
+        if not is_shape or true_shape[:-1] != lead or true_shape[-1] not in range(least, columns):
+            text = f"{shape_name} does not fit the packed codes that it is the shape of"
+            expected = f"[{', '.join(map(str, lead))}, {least} to {columns}]"
+            where = checkpoint.names[row]
+            raise QuantizationError(message(text, where=where, expected=expected, found=true_shape))
+        widths[row] = int(true_shape[-1])
+    return without_padding(decoded, widths)
+
+
+def _refuse_shuffled_groups(checkpoint: Checkpoint, indices: Iterable[tuple[str, int, int]]) -> None:
+    """Refuse weights whose groups are not consecutive columns, which is not supported.
 
     A remote checkpoint is not checked, because its plan is compiled from headers only. A load checks it.
 
     Args:
-        suspects: ``(row, name of the tensor that holds the weight's true shape)``.
-        table: the decoded table.
+        indices: see ``group_indices``.
 
     Raises:
-        QuantizationError: a row ends in padding.
+        UnsupportedError: the columns of a group are not consecutive.
     """
     if checkpoint.is_remote:
         return
-    for row, shape_name in suspects:
-        shape_row = checkpoint.position.get(shape_name)
-        if shape_row is None:
-            continue
-        is_shape = checkpoint.shapes[shape_row] == (len(table.shapes[row]),)
-        true_shape = read_whole(shape_row, checkpoint).tolist() if is_shape else checkpoint.shapes[shape_row]
-        if true_shape != list(table.shapes[row]):
-            name = checkpoint.names[row]
-            text = "the rows of packed codes end in padding, which is not supported"
-            raise QuantizationError(message(text, where=name, expected=list(table.shapes[row]), found=true_shape))
+    rows = {
+        row: (columns, group) for name, columns, group in indices if (row := checkpoint.position.get(name)) is not None
+    }
+    in_order: dict[tuple[int, int], torch.Tensor] = {}
+    for row, (columns, group) in rows.items():
+        if (checkpoint.dtypes[row], checkpoint.shapes[row]) != ("I32", (columns,)):
+            stored = f"{checkpoint.dtypes[row]} {list(checkpoint.shapes[row])}"
+            raise _shuffled_groups(checkpoint.names[row], columns, group, stored)
+        in_order.setdefault((columns, group), torch.arange(columns, dtype=torch.int32) // group)
+    for row, stored in zip(rows, read_each(list(rows), checkpoint), strict=True):
+        expected = in_order[rows[row]]
+        if not torch.equal(stored, expected):
+            first = int((stored != expected).nonzero()[0])
+            raise _shuffled_groups(checkpoint.names[row], *rows[row], f"element {first} is {int(stored[first])}")
+
+
+def _shuffled_groups(name: str, columns: int, group: int, found: str) -> UnsupportedError:
+    text = "groups by activation order are not supported"
+    expected = f"I32 [{columns}], in which element i is i // {group}"
+    return UnsupportedError(message(text, where=name, expected=expected, found=found, do=[KEEP]))

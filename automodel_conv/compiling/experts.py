@@ -14,11 +14,11 @@ from automodel_conv.errors import CoverageError, listing, message
 from automodel_conv.planning.layouts import SCALES, holds_grouped_experts
 
 # Config attributes that hold the number of routed experts.
-# Source: transformers 5.23.0, the configs of ``models/`` and their ``attribute_map``.
+# Source: transformers 5.24.0, the configs of ``models/`` and their ``attribute_map``.
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 # Names of routers ``[E, H]`` next to ``experts``.
-# Source: transformers 5.23.0, the classes of ``models/``.
+# Source: transformers 5.24.0, the classes of ``models/``.
 _ROUTERS = ("gate.weight", "router.weight", "router.gate.weight", "gate.wg.weight")
 
 

@@ -4,7 +4,7 @@ The metadata of every file and of the index states the layout. If transformers c
 with it: transformers looks for ``model*.safetensors`` and refuses a directory without such files. It cannot load
 grouped codes in any layout: on a machine without a GPU it reads them as values, without their scales. The ``format``
 entry of the metadata does not prevent that.
-Source: transformers 5.12.1, 5.17.0 and 5.23.0, ``_get_resolved_checkpoint_files`` in modeling_utils.py.
+Source: transformers 5.12.1, 5.17.0, 5.23.0 and 5.24.0, ``_get_resolved_checkpoint_files`` in modeling_utils.py.
 """
 
 from __future__ import annotations

@@ -130,6 +130,14 @@ class BufferCopies:
         return self._adapted[key]
 
 
+def fill_zero_rows(target: Target, buffer: Tensor) -> None:
+    """Write the rows of a target that no copy fills, and wait for the device."""
+    if target.zero_rows:
+        buffer.narrow(0, buffer.shape[0] - target.zero_rows, target.zero_rows).zero_()
+        if buffer.is_cuda:
+            torch.cuda.current_stream(buffer.device).synchronize()
+
+
 def span_bytes(tensor: Tensor) -> int:
     """Return the bytes from a tensor's first element to the end of its last."""
     if not tensor.numel():

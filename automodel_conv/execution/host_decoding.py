@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from automodel_conv.execution.buffers import dtype_of, strided
-from automodel_conv.kernels.code_tables import code_table
+from automodel_conv.execution.grids import in_code_order, unpacked_zeros
+from automodel_conv.kernels.code_tables import code_table, rounded_quotients
 from automodel_conv.kernels.dequantize_torch import dequantize_torch
-from automodel_conv.planning.copies import ZEROS_IN_I32
 from automodel_conv.schedule.jobs import CodeRectangle, Grid
 
 # Maximum entries of a table that is computed at once, if each scale has a row of its own.
@@ -56,17 +56,14 @@ def _decode(rectangle: CodeRectangle, rows: tuple[int, int], memory: Tensor) -> 
         slice(top, top + -(-(start[0] + last - first) // block_rows)),
         slice(rectangle.block_column, rectangle.block_column + -(-(start[1] + columns) // block_columns)),
     )
-    scales = _grid(rectangle.scales, memory)[blocks].contiguous()
-    global_scale = None
-    if rectangle.global_bytes is not None:
-        global_scale = memory[rectangle.global_bytes : rectangle.global_bytes + 4].view(torch.float32)
+    scales = in_code_order(_grid(rectangle.scales, memory)[blocks[0]], decode.scale_word)[:, blocks[1]].contiguous()
     typed = memory.view(dtype_of(rectangle.dtype, "a target"))
     table, table_rows = code_table(
         decode.format,
         scales,
         typed.dtype,
         zero_points=_zero_points(rectangle, blocks, memory),
-        global_scale=global_scale,
+        global_scale=_global_scale(rectangle, memory, typed.dtype),
         divide=decode.divides,
         like_upstream=decode.like_upstream,
     )
@@ -83,10 +80,24 @@ def _grid(grid: Grid, memory: Tensor) -> Tensor:
     return strided(typed, grid.shape, (grid.shape[1], 1), grid.start_bytes // typed.element_size())
 
 
+def _global_scale(rectangle: CodeRectangle, memory: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Return the global scale, float32 ``[1]``; None if there is none.
+
+    Args:
+        rectangle: the places in ``memory``.
+        memory: the memory.
+        dtype: dtype of the values.
+    """
+    if rectangle.global_bytes is None:
+        return None
+    stored = memory[rectangle.global_bytes :][: 4 * (1 + rectangle.has_divisor)].view(torch.float32)
+    return rounded_quotients(stored[:1], stored[1:], dtype) if rectangle.has_divisor else stored
+
+
 def _zero_points(rectangle: CodeRectangle, blocks: tuple[slice, slice], memory: Tensor) -> Tensor | None:
     """Return the zero points of a range of blocks, 0 to 15, int32 ``[rows, columns]``; None if there are none."""
     if rectangle.zero_points is None:
         return None
-    rows = torch.arange(blocks[0].start, blocks[0].stop, device=memory.device) + rectangle.zero_row
-    packed = _grid(rectangle.zero_points, memory)[:, blocks[1]].index_select(0, rows // ZEROS_IN_I32)
-    return packed.bitwise_right_shift((rows % ZEROS_IN_I32 * 4).to(torch.int32)[:, None]).bitwise_and_(15)
+    rows, skipped = blocks[0].stop - blocks[0].start, rectangle.zero_row + blocks[0].start
+    packed, packing = _grid(rectangle.zero_points, memory), rectangle.decode.zero_packing
+    return unpacked_zeros(packed, packing, skipped, (rows, rectangle.scales.shape[1]))[:, blocks[1]]

@@ -1,4 +1,4 @@
-"""The steps around an executor that all loads share: check buffers, run transformers' own code, extend errors."""
+"""The steps around an executor that all loads share: check buffers, fill rows of zeros, run transformers' own code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from automodel_conv.errors import ConversionError, listing
-from automodel_conv.execution.buffers import BufferCopies, checked_buffer
+from automodel_conv.execution.buffers import BufferCopies, checked_buffer, fill_zero_rows
 from automodel_conv.execution.fallbacks import FallbackCall, fallback_calls, run_fallback
 from automodel_conv.execution.reading import read_whole
 from automodel_conv.execution.stats import LoadStats
@@ -94,6 +94,8 @@ def run_load(
     written: list[str] = []
     with bytes_progress(bytes_read, "loading", progress) as advance:
         try:
+            for target, tensor in zip(load.targets, load.tensors, strict=True):
+                fill_zero_rows(target, tensor)
             stats = run(advance)
             for call in load.calls:
                 raise_if_stopped(stop)

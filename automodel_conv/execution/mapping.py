@@ -51,7 +51,7 @@ def file_range_of(target: Target, checkpoint: Checkpoint) -> FileRange | None:
     Raises:
         UnsupportedError: this version of torch does not have the dtype of the target.
     """
-    if target.fallback is not None or not target.nbytes:
+    if target.fallback is not None or target.zero_rows or not target.nbytes:
         return None
     # This also excludes quantized sources: codes are never stored in the dtype of their values.
     if any(checkpoint.dtypes[row] != target.dtype for row in target.sources):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from automodel_conv.errors import ConversionError, message
-from automodel_conv.execution.buffers import BufferCopies, checked_buffer, dtype_of, span_bytes
+from automodel_conv.execution.buffers import BufferCopies, checked_buffer, dtype_of, fill_zero_rows, span_bytes
 from automodel_conv.execution.copy_batch import CopyBatch, uses_kernels
 from automodel_conv.execution.fallbacks import fallback_calls, run_fallback
 from automodel_conv.execution.stats import CopyCounts
@@ -69,6 +69,7 @@ def convert_tensors(
             copies, reads = with_source_strides(copies, [tensors[row] for row in target.sources])
             for copy in copies:
                 batch.add(copy, reads, output)
+            fill_zero_rows(target, output)
     counts = batch.run(use_kernels)
     for call in fallback_calls(plan):
         run_fallback(call, {row: tensors[row] for row in call.rows}, buffers)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from automodel_conv.errors import ReadError, in_context, message
-from automodel_conv.execution.buffers import byte_view, dtype_of, span_bytes
+from automodel_conv.execution.buffers import byte_view, dtype_of
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.files.source import OpenSource
 from automodel_conv.schedule.jobs import GAP_BYTES, Job, Read, Reads
@@ -140,12 +140,20 @@ def _rows_in(call: Reads, checkpoint: Checkpoint) -> list[int]:
 
 def read_whole(row: int, checkpoint: Checkpoint) -> Tensor:
     """Read one source into a new tensor on the CPU."""
-    dtype = dtype_of(checkpoint.dtypes[row], checkpoint.names[row])
-    tensor = torch.empty(checkpoint.shapes[row], dtype=dtype, device="cpu")
-    reads = Reads.from_list([Read(checkpoint.file_ids[row], checkpoint.offsets[row], span_bytes(tensor), 0, 0)])
-    files = OpenFiles(checkpoint, [reads])
+    [tensor] = read_each([row], checkpoint)
+    return tensor
+
+
+def read_each(rows: Sequence[int], checkpoint: Checkpoint) -> Iterator[Tensor]:
+    """Read sources one after another, each into a new tensor on the CPU."""
+    jobs = [Read(checkpoint.file_ids[row], checkpoint.offsets[row], checkpoint.nbytes[row], 0, 0) for row in rows]
+    reads = [Reads.from_list([job]) for job in jobs]
+    files = OpenFiles(checkpoint, reads)
     try:
-        read(reads, checkpoint, files, [byte_view(tensor)])
+        for row, job in zip(rows, reads, strict=True):
+            dtype = dtype_of(checkpoint.dtypes[row], checkpoint.names[row])
+            tensor = torch.empty(checkpoint.shapes[row], dtype=dtype, device="cpu")
+            read(job, checkpoint, files, [byte_view(tensor)])
+            yield tensor
     finally:
         files.close()
-    return tensor

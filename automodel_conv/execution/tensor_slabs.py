@@ -14,7 +14,7 @@ from automodel_conv.errors import ConversionError, UnsupportedError, message
 from automodel_conv.execution.cuda import transfer_device
 from automodel_conv.execution.memory import with_source_strides
 from automodel_conv.execution.writing import DeviceTensorProducer, HostTensorProducer, SlabProducer
-from automodel_conv.planning.boxes import NotAffine, Piece, chain
+from automodel_conv.planning.boxes import NotAffine, Piece, chain, reach
 from automodel_conv.planning.copies import StridedCopy, Target, group_pieces
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.regions import Region
@@ -90,7 +90,8 @@ def tensor_slabs(
             copies_by_key[key] = _copies_from_regions(target, regions)
         copies, read = with_source_strides(copies_by_key[key], [part.tensor.detach() for part in parts])
         first = len(group.operands)
-        group.targets.append(target._replace(sources=tuple(range(first, first + len(read)))))
+        zero_rows = target.zero_rows if _ends_copies(target, copies) else 0  # one process writes them
+        group.targets.append(target._replace(sources=tuple(range(first, first + len(read))), zero_rows=zero_rows))
         group.copies.append(copies)
         group.places.append(place)
         group.operands.extend(read)
@@ -116,6 +117,12 @@ class _InMemory(NamedTuple):
     dtypes: Sequence[str]
     file_ids: Sequence[int]
     offsets: Sequence[int]
+
+
+def _ends_copies(target: Target, copies: Sequence[StridedCopy]) -> bool:
+    """Return whether one of these copies writes the last element of a target that copies fill."""
+    ends = (max(copy.target_offsets) + reach(copy.box.shape, copy.box.target_strides) for copy in copies)
+    return max(ends, default=-1) == target.copied_numel - 1
 
 
 def _slabs_on(device: torch.device, group: _Group, most_bytes: int) -> TensorSlabs:

@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 
 from automodel_conv.execution.buffers import dtype_of, strided
+from automodel_conv.execution.grids import in_code_order, unpacked_zeros
 from automodel_conv.kernels.address_table import Matrices, at_addresses
 from automodel_conv.kernels.code_tables import (
     byte_scale_table,
     byte_scale_values,
     check_table,
     prepare_scale_table,
+    rounded_quotients,
     scale_table,
 )
 from automodel_conv.kernels.dequantize_torch import dequantize_torch
 from automodel_conv.kernels.launch import Launches
-from automodel_conv.planning.copies import ZEROS_IN_I32
 from automodel_conv.schedule.code_slabs import BYTE_SCALES, Position, Rectangle, ScaleKind
 from automodel_conv.schedule.code_windows import ScaleGroup
 
@@ -88,7 +89,7 @@ class WindowDecoder:
             return self._byte_values[kind].repeat(count)
         dtype = _dtype(kind.scale_dtype)
         stored = _typed(window, group.scales_bytes, group.count, dtype if dtype.itemsize > 1 else torch.uint8)
-        scales = stored.view(group.table_groups, -1)[sources, rows].flatten()
+        scales = in_code_order(stored.view(group.table_groups, -1)[sources, rows].flatten(), kind.scale_word)
         return scales if dtype.itemsize > 1 else self._byte_values[kind].index_select(0, scales.to(torch.int32))
 
     def _table(self, group: ScaleGroup, window: Tensor) -> Tensor:
@@ -238,16 +239,20 @@ def _zero_points(group: ScaleGroup, window: Tensor, sources: slice, rows: slice)
     if kind.zero_points is None or kind.grid is None:
         return None
     (packed_rows, first), (_, grid_columns) = kind.zero_points, kind.grid
-    packed = _typed(window, group.zero_points_bytes, group.sources * packed_rows * grid_columns, torch.int32)
-    start, stop = first + rows.start // grid_columns, first + rows.stop // grid_columns
-    grid_rows = torch.arange(start, stop, dtype=torch.int32, device=window.device)
-    packed = packed.view(group.sources, packed_rows, grid_columns)[sources].index_select(1, grid_rows // ZEROS_IN_I32)
-    return packed.bitwise_right_shift((grid_rows % ZEROS_IN_I32 * 4)[:, None]).bitwise_and_(15).flatten()
+    packed_columns = kind.zero_packing.columns(grid_columns)
+    packed = _typed(window, group.zero_points_bytes, group.sources * packed_rows * packed_columns, torch.int32)
+    packed = packed.view(group.sources, packed_rows, packed_columns)[sources]
+    shape = (rows.stop - rows.start) // grid_columns, grid_columns
+    return unpacked_zeros(packed, kind.zero_packing, first + rows.start // grid_columns, shape).flatten()
 
 
 def _global_scales(group: ScaleGroup, window: Tensor, sources: slice, rows: slice) -> Tensor | None:
     """Return the global scale for each of the ``rows`` of ``sources``, float32 ``[n]``; None if sources have none."""
     if not group.kind.has_global:
         return None
-    global_scales = _typed(window, group.globals_bytes, group.sources, torch.float32)[sources, None]
+    count = group.sources * (1 + group.kind.has_divisor)
+    stored = _typed(window, group.globals_bytes, count, torch.float32).view(-1, group.sources)[:, sources, None]
+    global_scales = stored[0]
+    if group.kind.has_divisor:
+        global_scales = rounded_quotients(stored[0], stored[1], _dtype(group.kind.value_dtype))
     return global_scales.expand(-1, rows.stop - rows.start).flatten()

@@ -232,6 +232,8 @@ class HostTensorProducer:
     def __call__(self, slab: Slab) -> list[memoryview]:
         if slab.reads:
             return [self._bytes(file)[start : start + nbytes] for file, start, nbytes, *_ in slab.reads]
+        if slab.is_zeros:
+            self._slab.memory[: slab.nbytes].zero_()
         ordered = _copies_in_write_order(slab.moves)
         copy_equal((copies, self._tensors[row], self._slab.typed[copies.target]) for row, copies in ordered)
         return [self._view[: slab.nbytes]]
@@ -265,6 +267,8 @@ class DeviceTensorProducer:
             )
             for file, offset, nbytes, _, start in slab.reads
         )
+        if slab.is_zeros:
+            self._pinned[: slab.nbytes].zero_()
         if slab.moves:
             batch = CopyBatch()
             for row, copies in _copies_in_write_order(slab.moves):
@@ -302,6 +306,8 @@ class SourceFileProducer:
 
     def __call__(self, slab: Slab) -> list[memoryview]:
         typed = {}
+        if slab.is_zeros:
+            self._slab.memory[: slab.nbytes].zero_()
         for job in self._jobs[slab.file, slab.offset_bytes]:
             if isinstance(job, ReadInPlace):
                 read(job.reads, self._checkpoint, self._files, [self._slab_view])

@@ -19,7 +19,7 @@ _WEIGHTS = re.compile(
     r"|distcp|nemo)(\.index\.json)?",
     re.IGNORECASE | re.DOTALL,
 )
-# Source of "checkpoint-": PREFIX_CHECKPOINT_DIR in transformers 5.23.0, ``trainer_utils.py``.
+# Source of "checkpoint-": PREFIX_CHECKPOINT_DIR in transformers 5.24.0, ``trainer_utils.py``.
 _SKIPPED_FOLDER = re.compile(rf"\..*|__pycache__|{re.escape(STAGING_NAME)}|checkpoint-\d+", re.DOTALL)
 
 

@@ -72,6 +72,17 @@ def model_type_of(directory: str) -> str | None:
     return model_type if isinstance(model_type, str) else None
 
 
+def architectures_of(directory: str) -> list[str]:
+    """Return the names of classes that ``config.json`` states.
+
+    Raises:
+        CheckpointError: see ``quantization``.
+    """
+    config = _config(os.path.join(directory, CONFIG_NAME))
+    names = config.get("architectures") if isinstance(config, dict) else None
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
 def plain_config(directory: str) -> bytes | None:
     """Return ``config.json`` without its quantization settings; None if the file does not exist.
 
@@ -106,7 +117,7 @@ def _parts(config: Any) -> list[dict[str, Any]]:
 def _as_settings(config: Any, path: str) -> dict[str, Any]:
     """Return the settings of modelopt's own file in the form of ``quantization_config``.
 
-    Source: NVIDIA Model Optimizer 0.40, ``convert_hf_quant_config_format`` in ``torch/export/convert_hf_config.py``.
+    Source: NVIDIA Model Optimizer 0.47, ``convert_hf_quant_config_format`` in ``torch/export/convert_hf_config.py``.
     """
     parts = config if isinstance(config, dict) else {}
     producer, stated = parts.get("producer", {"name": "modelopt"}), parts.get("quantization")
@@ -114,5 +125,6 @@ def _as_settings(config: Any, path: str) -> dict[str, Any]:
         expected = 'an object with an object "quantization" and, optionally, an object "producer"'
         raise CheckpointError(message(f"{MODELOPT_NAME} is malformed", where=path, expected=expected))
     settings = {"quant_method": producer.get("name"), "quant_algo": stated.get("quant_algo")}
-    renamed = {"kv_cache_quant_algo": "kv_cache_scheme", "exclude_modules": "ignore", "group_size": "group_size"}
-    return settings | {name: stated[key] for key, name in renamed.items() if stated.get(key) is not None}
+    renamed = {"kv_cache_quant_algo": "kv_cache_scheme", "exclude_modules": "ignore"}
+    kept = {key: key for key in ("group_size", "quantized_layers", "moe_quant_algo")}
+    return settings | {name: stated[key] for key, name in (renamed | kept).items() if stated.get(key) is not None}

@@ -4,7 +4,7 @@ The module is pure. Files have the same bytes as those of the safetensors librar
 the end of the header. These pad the header so that the data begins at a page boundary and can be mapped in whole pages.
 Tensors are divided among files as huggingface_hub does it. Source: safetensors 0.8.0, ``prepare`` in ``tensor.rs``, and
 the format section of its README, which allows the spaces; huggingface_hub 1.33.0,
-``split_state_dict_into_shards_factory``; transformers 5.23.0, ``save_pretrained``.
+``split_state_dict_into_shards_factory``; transformers 5.24.0, ``save_pretrained``.
 """
 
 from __future__ import annotations

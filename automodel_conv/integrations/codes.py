@@ -3,7 +3,7 @@
 transformers casts a tensor to the dtype of its parameter, but codes must be combined with their scales first. A
 quantizer does so by an operation in the rules that consumes both, or by parameters in the model that keep both.
 Otherwise transformers warns that the scales are unexpected keys, and silently loads parameters that are wrong by a
-factor. Source: transformers 5.23.0, ``convert_and_load_state_dict_in_model`` in ``core_model_loading.py``.
+factor. Source: transformers 5.24.0, ``convert_and_load_state_dict_in_model`` in ``core_model_loading.py``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from automodel_conv.errors import QuantizationError, listing, message
 from automodel_conv.integrations.quantizers import only_moves, quantization_method, quantizes
 from automodel_conv.planning.code_names import CodeNames
 from automodel_conv.planning.methods.table import METHODS
+from automodel_conv.planning.problem_kinds import ProblemKinds
 from automodel_conv.planning.resolve import all_targets, resolve
 from automodel_conv.planning.schemes import is_of_kv_cache
 from automodel_conv.upstream.models import matching
@@ -57,36 +58,33 @@ def refuse_codes(model: Any, sources: Mapping[str, Any], load_config: Any) -> No
     method = quantization_method(model, load_config.hf_quantizer)
     # transformers only warns about a method that it does not support, and loads as if nothing were quantized.
     is_quantized = method in METHODS or (method is not None and load_config.hf_quantizer is None)
-    problems = []
+    problems = ProblemKinds()
     for name in suspects:
         place = places.get(name)
         if place is None or not only_moves(rules, place.rule):
             continue
         wanted = dtype_code(planned_dtype(place.target) or state[place.target].dtype)
         into_values = wanted in FLOATING or quantizes(load_config.hf_quantizer, model, place.target)
-        found = f"{name} is {dtypes[name]}"
-        becomes = f"transformers would cast it for {place.target}, which is {wanted}"
+        found, becomes = f"{{}} is {dtypes[name]}", f"transformers would cast it for {{}}, which is {wanted}"
         if scales[name]:
             if into_values and places.keys().isdisjoint(scales[name]):
                 scale = scales[name][0]
-                problems.append(
-                    f"{found}, its scale is {scale} ({_dtype(sources[scale])}): {becomes}, without the scale"
-                )
+                kind = f"{found}, its scale is {{}} ({_dtype(sources[scale])}): {becomes}, without the scale"
+                problems.add(kind, name, scale, place.target)
         elif is_quantized and into_values:
-            problems.append(f"{found}, and it has no known scale: {becomes}")
+            problems.add(f"{found}, and it has no known scale: {becomes}", name, place.target)
         elif is_quantized:
             kept = [scale for scale in known.scale_names(place.target) if scale in state]
             if kept and filled.isdisjoint(kept):
-                problems.append(
-                    f"{found}, and it has no known scale: transformers would initialize {kept[0]} instead of loading it"
-                )
+                kind = f"{found}, and it has no known scale: transformers would initialize {{}} instead of loading it"
+                problems.add(kind, name, kept[0])
     if problems:
         raise QuantizationError(
             message(
                 "transformers would load codes of quantized tensors as values",
                 where=f"a load of {type(model).__name__}, {len(problems)} tensors",
                 expected="a quantizer that loads codes with their scales, as the quantization_config describes",
-                found="\n" + listing(problems),
+                found="\n" + listing(problems.texts(most=20)),
                 do=[
                     f"{'give config.json' if method is None else 'check that config.json has'} the quantization_config "
                     "of these files",

@@ -32,7 +32,7 @@ def wrap_index_reader(list_files: Callable[..., Any], is_on: Callable[[], bool])
     """Wrap transformers' reader of an index, so that its paths record the tensors that the index assigns to them.
 
     transformers itself loads every tensor in these files, and the later of two with the same name. Source: transformers
-    5.23.0, ``utils/hub.py`` and ``_load_pretrained_model`` in ``modeling_utils.py``.
+    5.24.0, ``utils/hub.py`` and ``_load_pretrained_model`` in ``modeling_utils.py``.
     """
 
     @functools.wraps(list_files)

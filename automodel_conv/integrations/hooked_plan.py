@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from automodel_conv.compiling.decoded import unpadded_table
 from automodel_conv.dtypes import dtype_code
 from automodel_conv.errors import CheckpointError, QuantizationError, UnsupportedError
 from automodel_conv.files.checkpoint import Checkpoint
@@ -18,7 +19,8 @@ from automodel_conv.planning.complete_uses import RuleUse, whole_conversions
 from automodel_conv.planning.composition import table_of
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.quantization import arranged_plan, quantized_table
+from automodel_conv.planning.quantization import arranged_plan, padding_suspects, quantized_table
+from automodel_conv.planning.schemes import implied_config
 from automodel_conv.planning.wanted import TargetSpec
 from automodel_conv.upstream.models import matching
 from automodel_conv.upstream.rules import RuleSet, natural_key
@@ -77,9 +79,11 @@ def plan_load(
         return None, {ALL: error.reason()}
     parameters = _parameters_of(model, load_config, tp_plan)
     sources = SourceTable.from_checkpoint(checkpoint)
-    if plain.config is not None:
+    config = plain.config or implied_config(getattr(model.config, "model_type", None))
+    if config is not None:
         try:
-            sources = quantized_table(sources, plain.config, like_upstream=True)
+            decoded = quantized_table(sources, config, like_upstream=True)
+            sources = unpadded_table(checkpoint, decoded, padding_suspects(sources, decoded, config))
         except (QuantizationError, UnsupportedError) as error:  # transformers may load it, or raises its own error
             return None, {ALL: error.reason()}
     arranging, arranged, stored_rows = None, sources, range(len(sources.names))

@@ -23,6 +23,7 @@ from automodel_conv.errors import NameProblems, UnsupportedError, message
 from automodel_conv.in_memory import convert_state_dict, revert_state_dict
 from automodel_conv.planning.code_names import has_codes
 from automodel_conv.planning.layouts import get_layout, holds_experts
+from automodel_conv.recipes import RECIPES
 from automodel_conv.upstream.models import state_table
 
 _PACKAGE = "nemo_automodel.components.checkpoint"
@@ -126,11 +127,13 @@ class StateDictAdapter:
         rules = conversion_mapping.get_checkpoint_conversion_mapping(model_type)
         renames, layout = _FAMILIES.get(model_type, ({}, "nemo"))
         if not rules and not renames:
+            recipe = RECIPES.get(model_type)
+            own = "your own rules: StateDictAdapter(rules)"
+            source = (
+                own if recipe is None else f"a recipe: StateDictAdapter(automodel_conv.recipes.{recipe.__name__}())"
+            )
             raise UnsupportedError(
-                message(
-                    f"transformers has no rules for {model_type}",
-                    do="create an adapter from your own rules: StateDictAdapter(rules)",
-                )
+                message(f"transformers has no rules for {model_type}", do=f"create an adapter from {source}")
             )
         return cls(rules or (), layout=layout, renames=renames)
 

@@ -51,7 +51,9 @@ def rounds_the_same(decode: Decode, natural: str, wanted: str) -> bool:
         natural: dtype code of the decoded values as the scales determine it.
         wanted: dtype code of the target.
     """
-    return decode.global_scale is None and (decode.format != "int4" or natural == wanted) and wanted in DECODED
+    has_own_rounding = decode.global_scale is not None and decode.global_divisor is None
+    in_scale_dtype = decode.format in ("int4", "int8")
+    return not has_own_rounding and (natural == wanted or not in_scale_dtype) and wanted in DECODED
 
 
 def quantization_method(model: Any, quantizer: Any) -> str | None:

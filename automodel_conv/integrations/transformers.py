@@ -12,7 +12,7 @@ loads all tensors in all files that the index names. Files that it reads whole (
 
 transformers itself maps tensors that it does not convert, cast or move to a device: safetensors' slices are views of a
 private mapping of the file. With ``memory_map``, tensors that are converted by plan are mapped too if the file stores
-them in the order of the parameter. Source: transformers 5.23.0, ``_materialize_copy`` in ``core_model_loading.py``;
+them in the order of the parameter. Source: transformers 5.24.0, ``_materialize_copy`` in ``core_model_loading.py``;
 safetensors 0.8.0, ``open`` in ``bindings/python/src/lib.rs``.
 """
 

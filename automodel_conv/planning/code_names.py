@@ -78,7 +78,9 @@ def _codes_with_parts(table: SourceTable) -> Iterator[tuple[str, list[str]]]:
             if name.endswith(suffix):
                 weight = weight_name(name, suffix)
                 if any(part_name(weight, scale) in names for scale in method.scales):
-                    suffixes = filter(None, (*method.scales, *method.global_scale, *method.dropped))
+                    suffixes = filter(
+                        None, (*method.scales, *method.global_scale, method.global_divisor, *method.dropped)
+                    )
                     parts = (part_name(weight, part) for part in suffixes)
                     yield name, [part for part in parts if part in names]
 

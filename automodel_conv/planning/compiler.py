@@ -130,7 +130,7 @@ class Compiler:
         for output, name in zip(lowered.outputs, names, strict=True):
             all_read = len(output.reads) in (0, len(rows))  # none: the sources are empty, but determine the dtype
             sources = rows if all_read else tuple([rows[i] for i in output.reads])
-            target = self._target(assignment, name, output.shape, sources, output.copies)
+            target = self._target(assignment, name, output.shape, sources, output.copies, output.zero_rows)
             if target is not None:
                 targets.append(target)
         return targets
@@ -168,17 +168,11 @@ class Compiler:
         shape: tuple[int, ...],
         rows: tuple[int, ...],
         copies: tuple[StridedCopy, ...],
+        zero_rows: int = 0,
     ) -> Target | None:
         dtypes, rule = self.sources.dtypes, assignment.rule
         if self.targets is None:
-            return Target(
-                name,
-                self._free_dtype(name, rows),
-                shape,
-                rule,
-                rows,
-                copies,
-            )
+            return Target(name, self._free_dtype(name, rows), shape, rule, rows, copies, zero_rows=zero_rows)
         self.touched.add(name)
         spec = self.targets.get(name)
         if spec is None:
@@ -191,7 +185,7 @@ class Compiler:
         for row in rows:
             if dtypes[row] != dtype:
                 check_cast(self.sources.names[row], dtypes[row], name, dtype)
-        return Target(name, dtype, shape, rule, rows, copies)
+        return Target(name, dtype, shape, rule, rows, copies, zero_rows=zero_rows)
 
     def _new_dtype(self, rows: Iterable[int], first: str) -> str:
         """Return the dtype of a tensor that a rule builds from sources, given the rule's first target."""

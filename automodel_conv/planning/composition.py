@@ -85,8 +85,15 @@ def chained(
         all_rows = list(rows)
         rule = _joined_rule(middle, target.rule, rules, texts)
         read_rows = tuple(all_rows[ordinal] for ordinal in used)
-        targets.append(Target(target.name, target.dtype, target.shape, rule, read_rows, copies))
+        zero_rows = _zero_rows(target, copies) if any(t.zero_rows for t in (target, *middle)) else 0
+        targets.append(Target(target.name, target.dtype, target.shape, rule, read_rows, copies, zero_rows=zero_rows))
     return targets, tuple(texts)
+
+
+def _zero_rows(target: Target, copies: Sequence[StridedCopy]) -> int:
+    """Return the number of rows that copies leave to zeros."""
+    zeros = prod(target.shape) - sum(copy.box.numel * len(copy.ordinals) for copy in copies)
+    return zeros // max(prod(target.shape[1:]), 1)
 
 
 def _joined_rule(

@@ -159,22 +159,51 @@ class Target(NamedTuple):
     copies: tuple[StridedCopy, ...]
     fallback: Fallback | None = None
     """Code of transformers that fills the target instead of copies."""
+    zero_rows: int = 0
+    """Number of the last rows (indices of the first dimension) that no copy fills, because they are zero."""
 
     @property
     def is_whole(self) -> bool:
         """Whether one copy moves everything in one run, so that a target of its source's size equals the source."""
-        return len(self.copies) <= 1 and all(c.box.is_run and len(c.ordinals) == 1 for c in self.copies)
+        is_run = len(self.copies) <= 1 and all(c.box.is_run and len(c.ordinals) == 1 for c in self.copies)
+        return is_run and not self.zero_rows
+
+    @property
+    def copied_numel(self) -> int:
+        """Number of elements that copies fill: all except those in rows of zeros, which come last."""
+        return prod(self.shape) - self.zero_rows * prod(self.shape[1:])
 
     @property
     def nbytes(self) -> int:
         return nbytes(self.dtype, prod(self.shape))
 
 
-CODE_BITS = {"e4m3": 8, "e5m2": 8, "e2m1": 4, "int4": 4}
+CODE_BITS = {"e4m3": 8, "e5m2": 8, "e2m1": 4, "int4": 4, "int8": 8}
 """Bits per code in each format of codes; see ``quantization.py``."""
 
 ZEROS_IN_I32 = 8
-"""Number of zero points in an I32. They belong to consecutive rows, the first in the lowest bits."""
+"""Number of zero points in an I32, the first in the lowest bits."""
+
+
+class ZeroPacking(NamedTuple):
+    """How zero points are stored in a matrix of I32."""
+
+    by_columns: bool = False
+    """Whether the zero points of an element belong to consecutive columns of the grid, not to consecutive rows."""
+    added: int = 0
+    """Number that is added to an element, modulo ``2 ** 32``, before its zero points are read."""
+
+    def rows(self, first: int, last: int) -> tuple[int, int]:
+        """Return the first row that holds zero points of rows ``first`` to ``last`` of the grid, and the row after."""
+        return (first, last) if self.by_columns else (first // ZEROS_IN_I32, -(-last // ZEROS_IN_I32))
+
+    def skipped(self, first: int) -> int:
+        """Return the number of rows of the grid before row ``first`` that share its row of zero points."""
+        return 0 if self.by_columns else first % ZEROS_IN_I32
+
+    def columns(self, grid_columns: int) -> int:
+        """Return the number of columns that hold the zero points of a grid."""
+        return -(-grid_columns // ZEROS_IN_I32) if self.by_columns else grid_columns
 
 
 class Decode(NamedTuple):
@@ -187,7 +216,10 @@ class Decode(NamedTuple):
     format: str
     """Format of a code, a key of ``CODE_BITS``."""
     matrix: tuple[int, int]
-    """Rows and columns of the source's last two dimensions, as stored."""
+    """Rows and columns of the source's last two dimensions, as stored.
+
+    If all matrices of a stack share one scale, they count as one matrix.
+    """
     block: tuple[int, int]
     """Rows and columns that share a scale. The last blocks of a matrix may be smaller."""
     scales: int
@@ -202,6 +234,18 @@ class Decode(NamedTuple):
     """How the matrix is viewed as the weight."""
     like_upstream: bool = False
     """Whether values are rounded as transformers rounds them instead of once."""
+    zero_packing: ZeroPacking = ZeroPacking()
+    """How the zero points are stored, if there are any."""
+    scale_word: tuple[int, ...] = ()
+    """Sizes of the axes within a word of scales; codes are stored in the reverse order of these axes.
+
+    Empty if scales are stored in the order of the codes.
+    """
+    global_divisor: int | None = None
+    """Row of a tensor like the global scale, which divides it, if there is one.
+
+    Both are rounded to the dtype of the values first, and the quotient to float32.
+    """
 
     @property
     def bits(self) -> int:
@@ -209,14 +253,26 @@ class Decode(NamedTuple):
         return CODE_BITS[self.format]
 
     @property
-    def kind(self) -> tuple[object, ...]:
-        """All fields except the rows; sources of equal kinds are decoded the same way."""
-        return self.format, self.matrix, self.block, self.divides, self.arrangement, self.like_upstream
+    def kind(self) -> Decode:
+        """The same with the rows of no source; sources of equal kinds are decoded the same way."""
+        return self.with_part_rows((0, None, None, None))
 
     @property
     def parts(self) -> tuple[int, ...]:
         """Rows of the other parts."""
-        return tuple(row for row in (self.scales, self.zero_points, self.global_scale) if row is not None)
+        return tuple(row for row in self.part_rows if row is not None)
+
+    @property
+    def part_rows(self) -> tuple[int | None, ...]:
+        """Row of each other part: scales, zero points, global scale and its divisor; None for those it lacks."""
+        return self.scales, self.zero_points, self.global_scale, self.global_divisor
+
+    def with_part_rows(self, rows: Sequence[int | None]) -> Decode:
+        """Return the same decoding with its parts in other rows, in the order of ``part_rows``."""
+        scales, zero_points, global_scale, global_divisor = rows
+        return self._replace(
+            scales=scales, zero_points=zero_points, global_scale=global_scale, global_divisor=global_divisor
+        )
 
 
 @dataclass(frozen=True)

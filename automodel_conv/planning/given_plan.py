@@ -192,11 +192,7 @@ class _Source(NamedTuple):
         """
         decode = table.decodes.get(row)
         if decode is not None and rows is not None:
-            scales, zero_points, global_scale = (
-                None if part is None else rows[part]
-                for part in (decode.scales, decode.zero_points, decode.global_scale)
-            )
-            decode = decode._replace(scales=scales, zero_points=zero_points, global_scale=global_scale)
+            decode = decode.with_part_rows([None if part is None else rows[part] for part in decode.part_rows])
         return _Source(table.dtypes[row], table.shapes[row], decode)
 
     def __str__(self) -> str:

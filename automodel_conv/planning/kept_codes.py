@@ -9,14 +9,17 @@ not one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import replace
+from math import prod
 
 from automodel_conv.errors import ConversionError, QuantizationError, UnsupportedError, message
 from automodel_conv.planning.arrangement import PLAIN
 from automodel_conv.planning.composition import table_of
 from automodel_conv.planning.copies import Decode, SourceTable, StridedCopy, Target
+from automodel_conv.planning.lowering import copies_of
 from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.planning.values import leaf
 
 Matrix = tuple[int, int]
 """Number of rows and number of columns."""
@@ -30,6 +33,7 @@ def keep_codes(
     values: CopyPlan,
     plan_of: Callable[[SourceTable], CopyPlan],
     read: Callable[[SourceTable], SourceTable],
+    whole_name: Callable[[str], str | None] = lambda name: None,
 ) -> CopyPlan:
     """Return the plan that produces codes and scales where ``values`` produces decoded values.
 
@@ -39,6 +43,7 @@ def keep_codes(
         values: a plan whose sources are ``decoded``.
         plan_of: plans the scales by the same rules and layouts, from a table that has them under their weights' names.
         read: decodes a table by the config of the checkpoint.
+        whole_name: see ``Method.whole_name``.
 
     Raises:
         UnsupportedError: codes do not have eight bits, or no arrangement of the scales keeps their meaning. The error
@@ -48,23 +53,31 @@ def keep_codes(
     if not coded:
         return replace(values, sources=stored)
     coded.sort(key=lambda target: _is_as_stored(target, decoded))  # errors name the first: one that changes shape
-    suffixes = {target.name: _suffix(target, stored, decoded) for target in coded}
+    for target in coded:
+        _refuse_unmovable(target, stored, decoded)
+    shared = _shared_scales(coded, stored, decoded, whole_name)
+    shared_rows = frozenset(row for scale in shared.values() for row in scale.sources)
+    suffixes = {target.name: _suffix(target, stored, decoded) for target in coded if target.name not in shared}
     try:
-        scales = plan_of(_scales_as_weights(stored, decoded))
+        scales = plan_of(_scales_as_weights(stored, decoded, shared_rows))
     except ConversionError as error:
         raise _refused(coded[0].name, f"its scales cannot be combined; {_blocks(coded[0], decoded)}") from error
     unused_scales = {target.name: target for target in scales.targets}
     targets: list[Target] = []
     kept: dict[str, Target] = {}
     for target in values.targets:
-        if target.name not in suffixes:
+        if target.name not in suffixes and target.name not in shared:
             targets.append(target)
+            continue
+        kept[target.name] = codes = target._replace(dtype=stored.dtypes[target.sources[0]])
+        targets.append(codes)
+        if target.name in shared:
             continue
         scale = unused_scales.pop(target.name, None)
         if scale is None or scale.fallback is not None:
             raise _refused(target.name, f"its scales cannot be combined; {_blocks(target, decoded)}")
-        kept[target.name] = codes = target._replace(dtype=stored.dtypes[target.sources[0]])
-        targets += [codes, scale._replace(name=target.name + suffixes[target.name], rule=target.rule)]
+        targets.append(scale._replace(name=target.name + suffixes[target.name], rule=target.rule))
+    targets += {scale.name: scale for scale in shared.values()}.values()
     scale_rows = {decode.scales for decode in decoded.decodes.values()}
     for name, other in unused_scales.items():
         if not scale_rows.isdisjoint(other.sources):
@@ -74,20 +87,49 @@ def keep_codes(
         targets.append(other._replace(rule=-1))
     plan = CopyPlan(stored, tuple(targets), values.rules)
     plan.validate()
-    _check_blocks(plan, kept, decoded, read)
+    _check_blocks(plan, kept, shared, decoded, read)
     return plan
 
 
-def _scales_as_weights(stored: SourceTable, decoded: SourceTable) -> SourceTable:
-    """Return the scales under the names of their weights, and the other hidden tensors under their own names."""
+def _scales_as_weights(stored: SourceTable, decoded: SourceTable, shared: frozenset[int]) -> SourceTable:
+    """Return the scales under the names of their weights, and the other hidden tensors under their own names.
+
+    Args:
+        stored, decoded: see ``keep_codes``.
+        shared: rows of scales to leave out.
+    """
     names = list(stored.names)
     for row, decode in decoded.decodes.items():
-        names[decode.scales], names[row] = decoded.names[row], stored.names[decode.scales]
-    return replace(stored, names=names, hidden=stored.hidden | (frozenset(range(len(names))) - decoded.hidden))
+        if decode.scales not in shared:
+            names[decode.scales], names[row] = decoded.names[row], stored.names[decode.scales]
+    weights = frozenset(range(len(names))) - decoded.hidden
+    return replace(stored, names=names, hidden=stored.hidden | weights | shared)
 
 
-def _suffix(target: Target, stored: SourceTable, decoded: SourceTable) -> str:
-    """Return the suffix that turns the name of a weight into the name of its scales."""
+def _shared_scales(
+    coded: Iterable[Target], stored: SourceTable, decoded: SourceTable, whole_name: Callable[[str], str | None]
+) -> dict[str, Target]:
+    """Return the scales of targets that are shards with one scale, or are joined from such shards, by target.
+
+    Args:
+        coded: the targets of codes.
+        stored, decoded, whole_name: see ``keep_codes``.
+    """
+    scales: dict[str, Target] = {}
+    for target in coded:
+        decodes = [decoded.decodes[row] for row in target.sources]
+        row, shape = decodes[0].scales, stored.shapes[decodes[0].scales]
+        wholes = {whole_name(decoded.names[source]) for source in target.sources}
+        whole = whole_name(target.name)
+        if None in (*wholes, whole) or {decode.scales for decode in decodes} != {row} or prod(shape) != 1:
+            continue
+        name = f"{whole}{stored.names[row].rpartition('weight')[2]}"
+        scales[target.name] = Target(name, stored.dtypes[row], shape, target.rule, (row,), copies_of(leaf(0, shape)))
+    return scales
+
+
+def _refuse_unmovable(target: Target, stored: SourceTable, decoded: SourceTable) -> None:
+    """Raise UnsupportedError if the codes of a target cannot be moved like its values."""
     decodes = [decoded.decodes.get(row) for row in target.sources]
     known = [decode for decode in decodes if decode is not None]
     if len(known) < len(decodes) or target.fallback is not None:
@@ -98,18 +140,34 @@ def _suffix(target: Target, stored: SourceTable, decoded: SourceTable) -> str:
         raise _refused(target.name, f"its codes are arranged as {known[0].arrangement} before they are moved")
     if len({stored.dtypes[row] for row in target.sources}) > 1:
         raise _refused(target.name, "its parts have codes of different formats")
-    weights = (decoded.names[row] for row in target.sources)
-    suffixes = {stored.names[d.scales].removeprefix(w) for d, w in zip(known, weights, strict=True)}
+
+
+def _suffix(target: Target, stored: SourceTable, decoded: SourceTable) -> str:
+    """Return the suffix that turns the name of a weight into the name of its scales."""
+    scales = [stored.names[decoded.decodes[row].scales] for row in target.sources]
+    suffixes = {scale.removeprefix(decoded.names[row]) for scale, row in zip(scales, target.sources, strict=True)}
     suffix = suffixes.pop()
     if suffixes or not suffix.startswith("_"):
-        raise _refused(target.name, f"its scales, such as {stored.names[known[0].scales]}, are not named after it")
+        raise _refused(target.name, f"its scales, such as {scales[0]}, are not named after it")
     return suffix
 
 
 def _check_blocks(
-    plan: CopyPlan, kept: dict[str, Target], decoded: SourceTable, read: Callable[[SourceTable], SourceTable]
+    plan: CopyPlan,
+    kept: dict[str, Target],
+    shared: Container[str],
+    decoded: SourceTable,
+    read: Callable[[SourceTable], SourceTable],
 ) -> None:
-    """Raise UnsupportedError unless the targets of a plan decode in the same blocks as their sources."""
+    """Raise UnsupportedError unless the targets of a plan decode in the same blocks as their sources.
+
+    Args:
+        plan: the plan.
+        kept: targets of codes, by name.
+        shared: names of those with one scale for all of their parts, which must stay the only one.
+        decoded: the sources.
+        read: decodes a table by the config of the checkpoint.
+    """
     table = table_of(plan.targets)
     try:
         reread = read(table)
@@ -119,6 +177,8 @@ def _check_blocks(
         raise _refused(first.name, f"{why}; {_blocks(first, decoded)}") from None
     decodes = {table.names[row]: decode for row, decode in reread.decodes.items()}
     for name, target in kept.items():
+        if name in shared and name in decodes and decodes[name].block == decodes[name].matrix:
+            continue
         for ordinal, row in enumerate(target.sources):
             if name not in decodes or not _has_same_blocks(decoded.decodes[row], decodes[name], target.copies, ordinal):
                 raise _refused(name, f"a scale would apply to other values; {_blocks(target, decoded)}")

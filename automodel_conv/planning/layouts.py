@@ -147,7 +147,7 @@ It is not a layout of buffers."""
 SCALES = ("_scale_inv", "_scale")
 """Suffixes of the scales of experts that are kept quantized. Scales have the layout of their experts.
 
-Source: transformers 5.23.0, ``FP8Experts``; vLLM, ``Fp8MoEMethod``."""
+Source: transformers 5.24.0, ``FP8Experts``; vLLM, ``Fp8MoEMethod``."""
 
 
 class ExpertLayout(NamedTuple):

@@ -1,7 +1,7 @@
 """The operations of transformers that can be lowered: one entry of ``OPERATIONS`` each.
 
 An operation is plain data: a name and its options. Its function states in a line or two what the operation does to
-symbolic tensors (``Value``), which record the source of each of their elements. Semantics: transformers 5.23.0,
+symbolic tensors (``Value``), which record the source of each of their elements. Semantics: transformers 5.24.0,
 ``core_model_loading.py``, the ``convert`` method of the class with the same name.
 """
 
@@ -11,7 +11,17 @@ from collections.abc import Callable, Mapping
 from math import ceil, prod
 from typing import Any, NamedTuple, cast
 
-from automodel_conv.planning.values import LoweringError, Value, axis_of, concatenate, narrow, reshape, stack, transpose
+from automodel_conv.planning.values import (
+    LoweringError,
+    Value,
+    append_zeros,
+    axis_of,
+    concatenate,
+    narrow,
+    reshape,
+    stack,
+    transpose,
+)
 
 
 class NotLowerable(Exception):
@@ -241,6 +251,47 @@ def _vision_unfuse_and_permute(inputs: Inputs, context: Context, dim: int, **rop
     return cast("Callable[..., Inputs]", _permute_for_rope)(_chunk(inputs, context, dim), context, **rope)
 
 
+def _unpad_vocab(inputs: Inputs, context: Context, rows: int, inverse: bool = False) -> Inputs:
+    value = _only(inputs)
+    axis_of(value, 0)
+    stored = value.shape[0]
+    value = append_zeros(value, rows - stored) if inverse else narrow(value, 0, 0, min(rows, stored))
+    return {context.target_patterns[0]: value}
+
+
+def _merge_message_queries(inputs: Inputs, context: Context, inverse: bool = False) -> Inputs:
+    if inverse:
+        return _split_message_queries(_only(inputs), context)
+    pairs = []
+    for pattern in context.source_patterns:
+        if pattern not in inputs:
+            raise LoweringError(f"no tensor for pattern {pattern}")
+        value = single(inputs[pattern])
+        axis_of(value, 0)
+        pairs.append(reshape(value, (value.shape[0] // 2, 2, *value.shape[1:])))
+    queries, kv_queries = pairs
+    merged = concatenate([narrow(queries, 1, 0, 1), kv_queries, narrow(queries, 1, 1, 1)], 1)
+    return {context.target_patterns[0]: merged}
+
+
+def _split_message_queries(merged: Value, context: Context) -> Inputs:
+    if merged.shape[1:2] != (4,):
+        raise LoweringError(f"needs 4 queries for each layer, got {merged.shape}")
+    shape = (2 * merged.shape[0], *merged.shape[2:])
+    query, key, value, mlp = (narrow(merged, 1, position, 1) for position in range(4))
+    queries, kv_queries = context.target_patterns
+    return {
+        queries: reshape(concatenate([query, mlp], 1), shape),
+        kv_queries: reshape(concatenate([key, value], 1), shape),
+    }
+
+
+def _dequantize_experts(inputs: Inputs, context: Context) -> Inputs:
+    if len(inputs) != 1:
+        raise NotLowerable(f"Inkling2LoopDequantizeExperts computes values from {len(inputs)} tensors")
+    return {context.target_patterns[0]: _only(inputs)}
+
+
 def _identity(inputs: Inputs, context: Context) -> Inputs:
     return inputs
 
@@ -312,6 +363,15 @@ def _chunk_options(op: Any, config: Any) -> dict[str, object]:
     return {"num_shards": _positive_int("Chunk", attribute, lambda: getattr(config.get_text_config(), attribute))}
 
 
+def _unpad_options(op: Any, config: Any) -> dict[str, object]:
+    attribute = "vocab_size" if op.inverse else "unpadded_vocab_size"
+    if config is None:
+        raise NotLowerable(f"Inkling2UnpadVocab reads {attribute} from a config, and there is no model")
+    return {
+        "rows": _positive_int("Inkling2UnpadVocab", attribute, lambda: getattr(config.get_text_config(), attribute))
+    }
+
+
 class OperationSpec(NamedTuple):
     """The function that lowers an operation, and the inputs it depends on."""
 
@@ -355,6 +415,9 @@ OPERATIONS: Mapping[str, OperationSpec] = {
     "ErnieSplitAndDecoupleTextVisionExperts": OperationSpec(_ernie_split, ("stack_dim", "concat_dim")),
     "VisionFuseAndPermuteForRope": OperationSpec(_vision_fuse_and_permute, ("dim",), _vision_options),
     "VisionUnfuseAndPermuteForRope": OperationSpec(_vision_unfuse_and_permute, ("dim",), _vision_options),
+    "Inkling2UnpadVocab": OperationSpec(_unpad_vocab, ("inverse",), _unpad_options),
+    "Inkling2LoopMergeMessageQueries": OperationSpec(_merge_message_queries, ("inverse",)),
+    "Inkling2LoopDequantizeExperts": OperationSpec(_dequantize_experts),
     "_IdentityOp": OperationSpec(_identity),
 }
 """The operations that can be lowered, by the name of transformers' class."""

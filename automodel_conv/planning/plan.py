@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from heapq import nlargest
 from itertools import takewhile
+from math import prod
 from operator import eq
 
 from automodel_conv.dtypes import DECODED
@@ -164,7 +165,7 @@ class CopyPlan:
 
         Returns:
             ``read`` if bytes are read straight into place, ``upstream`` if transformers' own code fills the target, or
-            those of ``strided``, ``decode`` and ``cast`` that apply, joined by commas.
+            those of ``strided``, ``decode``, ``cast`` and ``zeros`` that apply, joined by commas.
 
         Example:
 
@@ -188,6 +189,8 @@ class CopyPlan:
             ways.append("decode")
         if any(self.sources.dtypes[row] != target.dtype for row in target.sources) and not all(decoded):
             ways.append("cast")
+        if target.zero_rows:
+            ways.append("zeros")
         return ", ".join(ways) or "read"
 
     def summary(self) -> str:
@@ -262,6 +265,9 @@ class CopyPlan:
             read = _walk(piece.source_offset, box.shape, box.source_strides)
             written = _walk(piece.target_offset, box.shape, box.target_strides)
             lines.append(f"  {self._source_text(target.sources[piece.source])}{read} -> {written}")
+        if target.zero_rows:
+            start = target.copied_numel
+            lines.append(f"  rows of zeros -> {_walk(start, (prod(target.shape) - start,), (1,))}")
         return "\n".join(lines)
 
     def _rule_text(self, rule: int) -> str:

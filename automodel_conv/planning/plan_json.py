@@ -12,7 +12,7 @@ import msgspec
 from automodel_conv.dtypes import BITS
 from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.planning.boxes import Box
-from automodel_conv.planning.copies import CODE_BITS, ZEROS_IN_I32, Decode, SourceTable, StridedCopy, Target
+from automodel_conv.planning.copies import CODE_BITS, Decode, SourceTable, StridedCopy, Target
 
 _VERSION = 4
 # Fields that JSON represents as they are.
@@ -41,7 +41,9 @@ def text_of(plan: Mapping[str, Any]) -> str:
             "decodes": list(sources.decodes.items()),
             "hidden": sorted(sources.hidden),
             "copies": [[_row(copy) for copy in group] for group in copies],
-            "targets": [[t.name, t.dtype, t.shape, t.rule, t.sources, group_of[id(t.copies)]] for t in targets],
+            "targets": [
+                [t.name, t.dtype, t.shape, t.rule, t.sources, group_of[id(t.copies)], t.zero_rows] for t in targets
+            ],
             **{name: plan[name] for name in _PLAIN_FIELDS},
             "layouts": [plan["layout"], plan["source_layout"]],
         }
@@ -99,7 +101,7 @@ class _Form(msgspec.Struct):
     decodes: list[tuple[int, Decode]]
     hidden: list[int]
     copies: list[list[_Copy]]
-    targets: list[tuple[str, str, tuple[int, ...], int, tuple[int, ...], int]]
+    targets: list[tuple[str, str, tuple[int, ...], int, tuple[int, ...], int, int]]
     rules: tuple[str, ...]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
@@ -134,7 +136,7 @@ def _fields(form: _Form) -> dict[str, Any]:
         raise _not_a_plan("a negative size")
     if not all(copy.is_even for copy in copies):
         raise _not_a_plan("copies whose shape and strides, or whose columns, differ in length")
-    if any(not 0 <= group < len(form.copies) for *_, group in form.targets):
+    if any(not 0 <= group < len(form.copies) for *_, group, _ in form.targets):
         raise _not_a_plan("targets with unknown copies")
     if any(not -1 <= rule < len(form.rules) for _, _, _, rule, *_ in form.targets):
         raise _not_a_plan("targets with unknown rules")
@@ -147,8 +149,8 @@ def _fields(form: _Form) -> dict[str, Any]:
             raise _not_a_plan(f"the parts of {names[row]} do not fit: {decode}")
     groups = [tuple(copy.copy() for copy in group) for group in form.copies]
     targets = tuple(
-        Target(name, dtype, shape, rule, sources, groups[group])
-        for name, dtype, shape, rule, sources, group in form.targets
+        Target(name, dtype, shape, rule, sources, groups[group], zero_rows=zero_rows)
+        for name, dtype, shape, rule, sources, group, zero_rows in form.targets
     )
     layout, source_layout = form.layouts
     return {
@@ -165,10 +167,20 @@ def _reads_inside(decode: Decode, row: int, shapes: Sequence[tuple[int, ...]]) -
     if decode.format not in CODE_BITS or len(shapes[row]) < 2:
         return False
     *lead, rows, columns = shapes[row]
+    if decode.matrix == (prod(lead) * rows, columns):
+        lead, rows = [], decode.matrix[0]
     if decode.matrix != (rows, columns) or min(decode.block) < 1 or decode.arrangement.shape(decode.matrix) is None:
         return False
     grid_rows, grid_columns = -(-rows // decode.block[0]), -(-columns // decode.block[1])
+    if min(decode.scale_word, default=1) < 1 or grid_columns % prod(decode.scale_word):
+        return False
+    if not -(2**31) <= decode.zero_packing.added < 2**31:
+        return False
     matrices = prod(lead)
-    sizes = {matrices * grid_rows * grid_columns}, {-(-grid_rows // ZEROS_IN_I32) * grid_columns}, {1, matrices}
+    zero_rows, zero_columns = decode.zero_packing.rows(0, grid_rows)[1], decode.zero_packing.columns(grid_columns)
+    sizes = {matrices * grid_rows * grid_columns}, {zero_rows * zero_columns}, {1, matrices}
+    if decode.global_divisor is not None:
+        if decode.global_scale is None or prod(shapes[decode.global_divisor]) != prod(shapes[decode.global_scale]):
+            return False
     parts = decode.scales, decode.zero_points, decode.global_scale
     return all(part is None or prod(shapes[part]) in fitting for part, fitting in zip(parts, sizes, strict=True))

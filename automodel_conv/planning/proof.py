@@ -1,4 +1,4 @@
-"""The proof that a plan is valid: every target element is written exactly once, and every read stays in its source."""
+"""The proof that a plan is valid: copies or zeros fill every element exactly once, and reads stay in their sources."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def prove(targets: Sequence[Target], sources: SourceTable) -> None:
         if target.fallback is not None:
             continue
         _prove_reads_inside(target, sources)
-        numel = prod(target.shape)
+        if not 0 <= target.zero_rows <= (target.shape or (0,))[0]:
+            raise CoverageError(message(f"{target.name} has {target.zero_rows} rows of zeros", found=target.shape))
+        numel = target.copied_numel
         key = (id(target.copies), numel)
         if key not in proved:
             _prove_written_once(target, numel, sources)

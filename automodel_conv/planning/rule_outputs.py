@@ -26,6 +26,8 @@ class Output(NamedTuple):
     """Copies that fill the tensor; their ordinals index ``reads``."""
     reads: tuple[int, ...]
     """Ordinals of the sources that the copies read, among all sources of the rule."""
+    zero_rows: int = 0
+    """Number of the last rows that no copy fills, because they are zero."""
 
 
 class Lowered(NamedTuple):
@@ -130,6 +132,6 @@ def _with_outputs(values: Mapping[str, Value], shapes: Sequence[tuple[int, ...]]
         reads = tuple(sorted({ordinal for copy in copies for ordinal in copy.ordinals}))
         index = {ordinal: i for i, ordinal in enumerate(reads)}
         copies = tuple(copy._replace(ordinals=tuple([index[o] for o in copy.ordinals])) for copy in copies)
-        outputs.append(Output(key, value.shape, copies, reads))
+        outputs.append(Output(key, value.shape, copies, reads, value.zero_rows))
     not_empty = {ordinal for ordinal, shape in enumerate(shapes) if 0 not in shape}
     return Lowered(tuple(outputs), tuple(sorted(not_empty.difference(*(output.reads for output in outputs)))))

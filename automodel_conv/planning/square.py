@@ -3,7 +3,7 @@
 transformers' ``Transpose(check_dims=True)`` leaves a tensor as it is if its shape is the model's, and transposes it
 otherwise. One rule thus loads both published experts and those that ``save_pretrained`` wrote. A square matrix has the
 model's shape either way. It is oriented like the other matrices of its module, whose shapes show the orientation.
-Source: transformers 5.23.0, ``core_model_loading.py``.
+Source: transformers 5.24.0, ``core_model_loading.py``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Symbolic tensors (``Value``), and the six functions on them that build all operations and layouts; pure.
+"""Symbolic tensors (``Value``), and the seven functions on them that build all operations and layouts; pure.
 
-The six functions do what torch's functions of the same names do: ``reshape``, ``transpose``, ``permute``, ``narrow``,
-``concatenate`` and ``stack``.
+Six functions do what torch's functions of the same names do: ``reshape``, ``transpose``, ``permute``, ``narrow``,
+``concatenate`` and ``stack``. ``append_zeros`` must be the last of a chain.
 
 All sources of a rule share one address space, in which they start ``SPAN`` elements apart. Therefore one piece can read
 thousands of experts, and the effect of an operation on them is computed once.
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
 
-from automodel_conv.planning.boxes import SPAN, Box, Piece, chain, contiguous_strides, run_of
+from automodel_conv.planning.boxes import SPAN, Box, NotAffine, Piece, chain, contiguous_strides, run_of
 
 
 class LoweringError(Exception):
@@ -31,6 +31,8 @@ class Value(NamedTuple):
     pieces: list[Piece]
     source: int = 0
     """Number that is added to each source that the pieces read, so that values can share equal pieces."""
+    zero_rows: int = 0
+    """Number of the last rows (indices of the first dimension) that no piece fills, because they are zero."""
 
 
 def leaf(source: int, shape: tuple[int, ...]) -> Value:
@@ -47,6 +49,7 @@ def leaves(first: int, shapes: Sequence[tuple[int, ...]]) -> list[Value]:
 
 def _view(value: Value, shape: tuple[int, ...], sizes: Sequence[int], strides: Sequence[int], start: int) -> Value:
     """Return the elements ``start + i . strides`` of ``value``, for all i < sizes in order, contiguous as ``shape``."""
+    _refuse_zeros(value)
     if not prod(sizes):
         return Value(shape, [])
     walk = Piece(0, Box(tuple(sizes), tuple(strides), contiguous_strides(sizes)), start, 0)
@@ -56,6 +59,7 @@ def _view(value: Value, shape: tuple[int, ...], sizes: Sequence[int], strides: S
 def reshape(value: Value, shape: Sequence[int]) -> Value:
     if prod(shape) != prod(value.shape):
         raise LoweringError(f"cannot reshape {value.shape} to {tuple(shape)}")
+    _refuse_zeros(value)
     return value._replace(shape=tuple(shape))
 
 
@@ -103,11 +107,25 @@ class _Series(NamedTuple):
     step: int
 
 
+def append_zeros(value: Value, rows: int) -> Value:
+    """Append rows of zeros to the first dimension."""
+    if not value.shape or rows < 0:
+        raise LoweringError(f"cannot append {rows} rows to {value.shape}")
+    _refuse_zeros(value)
+    return value._replace(shape=(value.shape[0] + rows, *value.shape[1:]), zero_rows=rows)
+
+
+def _refuse_zeros(value: Value) -> None:
+    if value.zero_rows:
+        raise NotAffine("an operation follows one that appends zeros")
+
+
 def _group(values: Sequence[Value]) -> list[_Series]:
     """Group consecutive symbolic tensors into as few series as possible."""
     grouped: list[_Series] = []
     first, count, step = values[0], 0, 0
     for value in values:
+        _refuse_zeros(value)
         distance = value.source - first.source
         continues = distance == count * step if count > 1 else distance > 0
         if count == 0 or (continues and value.shape == first.shape and value.pieces == first.pieces):
@@ -143,7 +161,7 @@ def _join(all_series: Sequence[_Series], dim: int) -> Value:
 
 def _end_to_end(series: _Series) -> list[Piece]:
     """Return the pieces that write all symbolic tensors of a series one after the other."""
-    (shape, pieces, source), count, step = series
+    (shape, pieces, source, _), count, step = series
     pieces = [piece._replace(source_offset=piece.source_offset + source * SPAN) for piece in pieces]
     if count == 1:
         return pieces

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from automodel_conv.compiling.carrying import carried_targets, checked_patterns, dropped_rows, refuse_halves
-from automodel_conv.compiling.decoded import codes_without_config, decoded_table
+from automodel_conv.compiling.decoded import codes_without_config, decoded_table, quantization_of
 from automodel_conv.compiling.marks import layout_to_read, naming_of_conversion, stated_layout
 from automodel_conv.compiling.stages import without_casts
 from automodel_conv.compiling.to_checkpoint import saving_plan
@@ -24,7 +24,6 @@ from automodel_conv.errors import (
     message,
 )
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
-from automodel_conv.files.config import quantization
 from automodel_conv.files.hub import with_repository
 from automodel_conv.files.remote import refuse_url
 from automodel_conv.files.shards import Naming, Shard, divide, parse_size
@@ -35,6 +34,7 @@ from automodel_conv.planning.kept_codes import keep_codes
 from automodel_conv.planning.layouts import PER_EXPERT, get_layout, holds_grouped_experts
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.quantization import quantized_table
+from automodel_conv.planning.schemes import read_config
 from automodel_conv.planning.unmarked import unsplit_experts_error
 from automodel_conv.publishing.saved import specs_of, with_dtype
 from automodel_conv.upstream.from_config import meta_model
@@ -127,9 +127,7 @@ def compile_conversion(
     # Codes of separate experts are copied unchanged: no model accepts them, and there is nothing to split.
     codes = None if dequantize else has_codes(table)
     keeps_codes = layout == PER_EXPERT and codes is not None and not any(map(holds_grouped_experts, table.names))
-    quantized = (
-        quantization(checkpoint.directory) if codes is not None and not keeps_codes and not keeps_names else None
-    )
+    quantized = quantization_of(checkpoint) if codes is not None and not keeps_codes and not keeps_names else None
     if codes is not None and quantized is None and not keeps_codes and rules != []:
         raise codes_without_config(codes, checkpoint)
 
@@ -177,6 +175,7 @@ def compile_conversion(
             value_plan,
             lambda scales: plan_for(scales, None, produce_all=True)[0],
             lambda converted: quantized_table(converted, quantized.settings, where=quantized.path),
+            read_config(quantized.settings, quantized.path)[0].whole_name,
         )
     if layout == PER_EXPERT:
         _refuse_grouped(plan, model)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from automodel_conv.dtypes import itemsize
 from automodel_conv.errors import ConversionError, message
-from automodel_conv.planning.copies import ZEROS_IN_I32
+from automodel_conv.planning.copies import ZEROS_IN_I32, ZeroPacking
 from automodel_conv.schedule.code_rectangles import SourceRectangle, find_rectangles
 from automodel_conv.schedule.coded_source import GLOBAL_BYTES, CodedSource
 from automodel_conv.schedule.cutting import read_ranges, slabs
@@ -43,18 +43,24 @@ class ScaleKind(NamedTuple):
     """Whether values are rounded as transformers rounds them, not once."""
     has_global: bool
     """Whether there are global scales."""
+    has_divisor: bool
+    """Whether each global scale is divided by another value."""
     zero_points: tuple[int, int] | None
-    """Number of packed rows of zero points, and index in the first of them (0 to 7) of the first row's zero point.
+    """Number of rows of packed zero points, and number of rows of the grid to skip in them, ``ZeroPacking.skipped``.
 
     Both are those of one source. None if there are no zero points.
     """
+    zero_packing: ZeroPacking
+    """How zero points are stored."""
+    scale_word: tuple[int, ...]
+    """Order of the scales, see ``Decode``."""
     grid: tuple[int, int] | None
     """Rows and columns of the scales of a source, if each source has a global scale or zero points; else None."""
 
     @property
     def scale_is_table_row(self) -> bool:
-        """True if the byte of a scale is its table row: it has 256 values, and no zero point changes the row."""
-        return itemsize(self.scale_dtype) == 1 and self.zero_points is None
+        """True if the byte of a scale is its table row: it has 256 values, is in place, and has no zero point."""
+        return itemsize(self.scale_dtype) == 1 and self.zero_points is None and not self.scale_word
 
     @property
     def is_shared(self) -> bool:
@@ -204,8 +210,8 @@ def _slab(
         nbytes += scale_count * (kind.row_bytes + TABLE_ROW_BYTES)
     elif kind.has_table_for_each_source:
         nbytes += BYTE_SCALES * kind.row_bytes
-    nbytes += GLOBAL_BYTES if kind.has_global else 0
-    nbytes += ZERO_POINT_BYTES * kind.zero_points[0] * source.grid_columns if kind.zero_points else 0
+    nbytes += GLOBAL_BYTES * (kind.has_global + kind.has_divisor)
+    nbytes += ZERO_POINT_BYTES * kind.zero_points[0] * source.zero_columns if kind.zero_points else 0
     rectangles = tuple(_rectangle(r, source, start, block_rows[0], kind, bool(moves)) for r in source_rectangles)
     return CodeSlab(
         codes=tuple(codes),
@@ -266,7 +272,8 @@ def _capacity(source: CodedSource, limit: int, in_place: bool) -> int:
     elif kind.has_table_for_each_source:
         fixed_bytes += BYTE_SCALES * kind.row_bytes
     block_rows = decode.block[0]
-    fixed_bytes += (2 if decode.zero_points is None else 2 * ZEROS_IN_I32) * source.grid_columns * scale_bytes
+    rows_per_read = 1 if decode.zero_points is None or decode.zero_packing.by_columns else ZEROS_IN_I32
+    fixed_bytes += 2 * rows_per_read * source.grid_columns * scale_bytes
     element_bytes = decode.bits / 8 + scale_bytes * source.scales_per_element
     element_bytes += 0 if in_place else itemsize(source.dtype)
     capacity = int((limit - fixed_bytes) / element_bytes)
@@ -289,7 +296,8 @@ def _kind(source: CodedSource, block_rows: tuple[int, int]) -> ScaleKind:
     first, last = block_rows
     zero_points = None
     if decode.zero_points is not None:
-        zero_points = -(-last // ZEROS_IN_I32) - first // ZEROS_IN_I32, first % ZEROS_IN_I32
+        packed_first, packed_last = decode.zero_packing.rows(first, last)
+        zero_points = packed_last - packed_first, decode.zero_packing.skipped(first)
     has_global = decode.global_scale is not None
     return ScaleKind(
         format=decode.format,
@@ -299,6 +307,9 @@ def _kind(source: CodedSource, block_rows: tuple[int, int]) -> ScaleKind:
         divides=decode.divides,
         like_upstream=decode.like_upstream,
         has_global=has_global,
+        has_divisor=decode.global_divisor is not None,
         zero_points=zero_points,
+        zero_packing=decode.zero_packing,
+        scale_word=decode.scale_word,
         grid=(last - first, source.grid_columns) if zero_points or has_global else None,
     )

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from automodel_conv.dtypes import itemsize
 from automodel_conv.files.checkpoint import Checkpoint
-from automodel_conv.planning.copies import ZEROS_IN_I32, Decode
+from automodel_conv.planning.copies import Decode
 from automodel_conv.schedule.code_slabs import (
     BYTE_SCALES,
     TABLE_ROW_BYTES,
@@ -46,7 +46,7 @@ class ScaleGroup(NamedTuple):
     zero_points_bytes: int
     """Offset of the packed zero points, if there are any."""
     globals_bytes: int
-    """Offset of the global scales, if there are any: one F32 for each source."""
+    """Offset of the global scales, if there are any: one F32 for each source. Their divisors, if any, follow them."""
     table_rows_bytes: int
     """Offset of the table row of each scale, I32 ``[count]``; unused if a scale is its own table row."""
     table_bytes: int
@@ -200,14 +200,17 @@ class _Window:
         for slab, _, decode, _ in placed_slabs:
             if decode.zero_points is not None and kind.zero_points is not None:
                 grid_columns = slab.scale_count // (slab.block_rows[1] - slab.block_rows[0])
-                nbytes = kind.zero_points[0] * grid_columns * ZERO_POINT_BYTES
-                offset_bytes = slab.block_rows[0] // ZEROS_IN_I32 * grid_columns * ZERO_POINT_BYTES
+                row_bytes = kind.zero_packing.columns(grid_columns) * ZERO_POINT_BYTES
+                nbytes = kind.zero_points[0] * row_bytes
+                offset_bytes = kind.zero_packing.rows(*slab.block_rows)[0] * row_bytes
                 self._read(checkpoint, decode.zero_points, offset_bytes, nbytes, at)
                 at += nbytes
         globals_bytes = at = align_up(at)
-        for slab, _, decode, _ in placed_slabs:
-            if decode.global_scale is not None:
-                self._read(checkpoint, decode.global_scale, slab.global_bytes, GLOBAL_BYTES, at)
+        globals_of = [(decode.global_scale, slab.global_bytes) for slab, _, decode, _ in placed_slabs]
+        divisors = [(decode.global_divisor, slab.global_bytes) for slab, _, decode, _ in placed_slabs]
+        for part, offset_bytes in (*globals_of, *divisors):
+            if part is not None:
+                self._read(checkpoint, part, offset_bytes, GLOBAL_BYTES, at)
                 at += GLOBAL_BYTES
         table_rows_bytes = align_up(at)
         count = sum([placed.slab.scale_count for placed in placed_slabs])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from automodel_conv.files.checkpoint import Checkpoint
-from automodel_conv.planning.copies import Decode
+from automodel_conv.planning.copies import ZEROS_IN_I32, Decode
 
 GLOBAL_BYTES = 4
 """Bytes of a global scale, F32."""
@@ -17,8 +17,8 @@ def geometry_of(row: int, decode: Decode, checkpoint: Checkpoint) -> tuple[objec
     Sources of equal geometry are cut into the same slabs.
     """
     dtypes, nbytes = checkpoint.dtypes, checkpoint.nbytes
-    parts = (decode.scales, decode.zero_points, decode.global_scale)
-    return nbytes[row], decode.kind, *[None if part is None else (dtypes[part], nbytes[part]) for part in parts]
+    parts = [None if part is None else (dtypes[part], nbytes[part]) for part in decode.part_rows]
+    return nbytes[row], decode.kind, *parts
 
 
 class CodedSource:
@@ -31,6 +31,7 @@ class CodedSource:
         matrix_rows: rows of a matrix. Consecutive matrices of a section count as one if blocks do not end within them.
         grid_rows: rows of blocks of a matrix of ``matrix_rows`` rows.
         grid_columns: blocks, and so scales, of a row of blocks.
+        zero_columns: elements of a row of packed zero points, if there are any.
         numel: elements of the whole source.
     """
 
@@ -40,6 +41,7 @@ class CodedSource:
         self.numel = checkpoint.nbytes[row] * 8 // decode.bits
         block_rows, block_columns = decode.block
         self.grid_rows, self.grid_columns = -(-rows // block_rows), -(-self.columns // block_columns)
+        self.zero_columns = decode.zero_packing.columns(self.grid_columns)
         self.matrix_rows = rows
         matrix = rows * self.columns
         own_global = decode.global_scale is not None and checkpoint.nbytes[decode.global_scale] > GLOBAL_BYTES
@@ -56,6 +58,12 @@ class CodedSource:
     def global_bytes(self, element: int) -> int:
         """Return the offset of the global scale of an element among the global scales."""
         return element // self.section * GLOBAL_BYTES
+
+    @property
+    def zero_words_per_element(self) -> float:
+        """Average number of elements of packed zero points for an element."""
+        rows = self.grid_rows if self.decode.zero_packing.by_columns else self.grid_rows / ZEROS_IN_I32
+        return self.zero_columns * rows / (self.columns * self.matrix_rows)
 
     def block_row(self, element: int) -> int:
         """Return the row of blocks that contains an element, counted over all matrices."""

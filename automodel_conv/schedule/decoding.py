@@ -12,7 +12,7 @@ from math import ceil
 from automodel_conv.dtypes import itemsize
 from automodel_conv.errors import ConversionError, message
 from automodel_conv.files.checkpoint import Checkpoint
-from automodel_conv.planning.copies import ZEROS_IN_I32, Decode
+from automodel_conv.planning.copies import Decode
 from automodel_conv.schedule.coded_source import GLOBAL_BYTES, CodedSource, geometry_of
 from automodel_conv.schedule.cutting import read_ranges, slabs
 from automodel_conv.schedule.jobs import (
@@ -80,8 +80,8 @@ def _capacity(source: CodedSource, limit: int) -> int:
     fixed_bytes = 2 * source.grid_columns * scale_bytes + 6 * ALIGN_BYTES
     element_bytes = source.decode.bits / 8 + itemsize(source.dtype) + scale_bytes * source.scales_per_element
     if source.decode.zero_points is not None:
-        fixed_bytes += 2 * 4 * source.grid_columns
-        element_bytes += 4 * source.scales_per_element / ZEROS_IN_I32
+        fixed_bytes += 2 * 4 * source.zero_columns
+        element_bytes += 4 * source.zero_words_per_element
     capacity = int((limit - fixed_bytes) / element_bytes)
     least = min(ALIGN_BYTES, source.section)
     if capacity < least:
@@ -106,14 +106,16 @@ def _slab(source: CodedSource, start: int, stop: int, parts: Sequence[Move]) -> 
     scales, end = _read_grid(source, source.decode.scales, first, last, end, reads)
     zero_points = None
     if source.decode.zero_points is not None:
-        zero_points, end = _read_grid(
-            source, source.decode.zero_points, first // ZEROS_IN_I32, -(-last // ZEROS_IN_I32), end, reads
-        )
+        packed_rows = source.decode.zero_packing.rows(first, last)
+        zero_points, end = _read_grid(source, source.decode.zero_points, *packed_rows, end, reads)
     global_bytes = None
     if source.decode.global_scale is not None:
         global_bytes = end
-        reads.append(_read(source, source.decode.global_scale, source.global_bytes(start), GLOBAL_BYTES, end))
-        end = align_up(end + GLOBAL_BYTES)
+        for part in (source.decode.global_scale, source.decode.global_divisor):
+            if part is not None:
+                reads.append(_read(source, part, source.global_bytes(start), GLOBAL_BYTES, end))
+                end += GLOBAL_BYTES
+        end = align_up(end)
     size = itemsize(source.dtype)
     rectangles = [
         CodeRectangle(
@@ -127,8 +129,9 @@ def _slab(source: CodedSource, start: int, stop: int, parts: Sequence[Move]) -> 
             values_stride=source.columns,
             scales=scales,
             zero_points=zero_points,
-            zero_row=first % ZEROS_IN_I32,
+            zero_row=source.decode.zero_packing.skipped(first),
             global_bytes=global_bytes,
+            has_divisor=source.decode.global_divisor is not None,
             block_row=source.block_row(element) - first,
             block_column=c0 // source.decode.block[1],
         )
@@ -149,10 +152,11 @@ def _read_grid(
 ) -> tuple[Grid, int]:
     """Append a read of rows ``first`` to ``last`` of a grid to ``start_bytes``; return the grid and where it ends."""
     dtype = source.checkpoint.dtypes[row]
-    row_bytes = source.grid_columns * itemsize(dtype)
+    columns = source.zero_columns if row == source.decode.zero_points else source.grid_columns
+    row_bytes = columns * itemsize(dtype)
     nbytes = (last - first) * row_bytes
     reads.append(_read(source, row, first * row_bytes, nbytes, start_bytes))
-    return Grid(start_bytes, dtype, (last - first, source.grid_columns)), align_up(start_bytes + nbytes)
+    return Grid(start_bytes, dtype, (last - first, columns)), align_up(start_bytes + nbytes)
 
 
 def _columns_read(moves: Sequence[Move], columns: int, bits: int) -> tuple[int, int]:

@@ -206,11 +206,13 @@ class CodeRectangle(NamedTuple):
     zero_row: int
     """Index, in the first packed row of ``zero_points``, of the zero point for row 0 of ``scales``: 0 to 7."""
     global_bytes: int | None
-    """Offset of the global scale in the scratch, if the source has one."""
+    """Offset of the global scale in the scratch, if the source has one. Its divisor, if there is one, follows it."""
     block_row: int
     """Row of ``scales`` for the first row of the rectangle."""
     block_column: int
     """Column of ``scales`` for the first column of the rectangle."""
+    has_divisor: bool = False
+    """Whether the global scale is divided by another value."""
 
 
 class ReadInPlace(NamedTuple):

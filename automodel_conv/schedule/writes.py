@@ -1,8 +1,8 @@
 """Schedule the writing of output files: turn the copies of all targets into slabs; pure.
 
-A slab is a range of an output file; slabs can be written in any order. A slab is filled either by reads of unchanged
-bytes, or in memory by copies that permute or cast. Slabs do not overlap, and every byte that a copy writes is in one of
-them. If the copies write only part of a target, as on one of several ranks, the bytes in between are not written.
+A slab is a range of an output file; slabs can be written in any order. A slab is filled by reads of unchanged bytes, in
+memory by copies that permute or cast, or with zeros. Slabs do not overlap, and every byte that a copy writes is in one
+of them. If the copies write only part of a target, as on one of several ranks, the bytes in between are not written.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class SourceLocations(Protocol):
 
 
 class Slab(NamedTuple):
-    """A range of an output file, filled either by ``reads`` or by ``moves``; the other is empty.
+    """A range of an output file, filled either by ``reads`` or by ``moves``; if both are empty, with zeros.
 
     Offsets count from the first byte of the slab: in bytes for reads, in elements for moves.
     """
@@ -61,6 +61,11 @@ class Slab(NamedTuple):
     """Copies that permute or cast, by source row; a move's ``target`` is the index of its dtype in ``Slabs.dtypes``."""
     sparse_itemsize: int = 0
     """Bytes of an element if the moves fill only part of the slab (see ``filled_ranges``); 0 if they fill all of it."""
+
+    @property
+    def is_zeros(self) -> bool:
+        """Whether all bytes are zero."""
+        return not self.reads and not self.moves
 
 
 class Slabs(NamedTuple):
@@ -112,7 +117,7 @@ def slab_schedule(
         else:
             size, dtype = itemsize(target.dtype), dtypes.index(target.dtype)
             pieces = _slabs_of_moves(swapped, file, begin, size, dtype, most_bytes)
-        for piece in pieces:
+        for piece in chain(pieces, _slabs_of_zeros(target, file, begin, most_bytes)):
             if group and not _can_join(group, nbytes, piece, min(_SLAB_BYTES, most_bytes), target.dtype):
                 finished.append(_join(group, nbytes, sizes))
                 group, nbytes = [], 0
@@ -184,6 +189,13 @@ def _slabs_of_reads(
             yield Slab(file, begin + place * size + done, length, [read], {})
 
 
+def _slabs_of_zeros(target: Target, file: int, begin: int, most_bytes: int) -> Iterator[Slab]:
+    """Return the slabs of the rows that no copy fills, for a target that starts at byte ``begin``."""
+    if target.zero_rows:
+        for start in range(target.copied_numel * itemsize(target.dtype), target.nbytes, most_bytes):
+            yield Slab(file, begin + start, min(most_bytes, target.nbytes - start), [], {})
+
+
 def _slabs_of_moves(
     swapped: Sequence[_SwappedCopy], file: int, begin: int, size: int, dtype: int, most_bytes: int
 ) -> Iterator[Slab]:
@@ -233,7 +245,8 @@ def _can_join(group: Sequence[Slab], nbytes: int, piece: Slab, limit: int, dtype
     small = nbytes + piece.nbytes <= limit and len(group) < IOV_MAX
     if first.sparse_itemsize or piece.sparse_itemsize:
         return False
-    return follows and small and bool(first.reads) == bool(piece.reads) and nbytes % itemsize(dtype) == 0
+    same_kind = bool(first.reads) == bool(piece.reads) and first.is_zeros == piece.is_zeros
+    return follows and small and same_kind and nbytes % itemsize(dtype) == 0
 
 
 def _join(group: Sequence[Slab], nbytes: int, sizes: Sequence[int]) -> Slab:

@@ -8,7 +8,7 @@ from the headers.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -16,15 +16,17 @@ import torch
 from torch import nn
 
 from automodel_conv.dtypes import torch_dtype
-from automodel_conv.errors import ConversionError, UnsupportedError, message
+from automodel_conv.errors import DOCUMENTATION, Advice, ConversionError, UnsupportedError, message
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint
-from automodel_conv.files.config import check_config
+from automodel_conv.files.config import architectures_of, check_config, model_type_of
+from automodel_conv.recipes import RECIPES
+from automodel_conv.recipes.experts import call_for
 from automodel_conv.upstream.registry import transformers_available
 
 # Auto mappings for a config whose ``architectures`` name no class of its type. Models with more kinds of input come
 # first, and models with a head before bare ones. Older versions of transformers lack some.
-# Source: transformers 5.23.0, ``models/auto/modeling_auto.py``.
+# Source: transformers 5.24.0, ``models/auto/modeling_auto.py``.
 _DEFAULTS = (
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
     "MODEL_FOR_MULTIMODAL_LM_MAPPING",
@@ -77,6 +79,7 @@ def meta_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> nn.Module:
             config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         except Exception:
             check_config(directory)  # raises a clearer error if the file is not a config at all
+            refuse_unknown_type(checkpoint, path)
             raise
     with _as_unsupported("transformers cannot determine the model class of the checkpoint's config.json", path, advice):
         cls, config = model_class(config, path)
@@ -88,6 +91,54 @@ def meta_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> nn.Module:
             for context in (torch.device("meta"), safe_creation()):
                 stack.enter_context(context)
             return cls._from_config(config, dtype=dtype)
+
+
+def refuse_unknown_type(checkpoint: Checkpoint, path: str) -> None:
+    """Raise UnsupportedError if transformers does not have the ``model_type`` of a config; advise a recipe or rules.
+
+    Args:
+        checkpoint: the checkpoint, whose names suggest the rules if there is no recipe for the type.
+        path: path of the config.
+    """
+    import transformers
+
+    model_type = model_type_of(checkpoint.directory)
+    if model_type is None or model_type in transformers.CONFIG_MAPPING:
+        return
+    raise UnsupportedError(
+        message(
+            f"transformers {transformers.__version__} has no model type {model_type!r}",
+            where=path,
+            do=[_rules_for(model_type, architectures_of(checkpoint.directory), checkpoint.names), _NEWER, *_OTHERWISE],
+        )
+    )
+
+
+def _rules_for(model_type: str, architectures: Iterable[str], names: Iterable[str]) -> Advice:
+    """Return the advice to pass a recipe, the rules that classes or names suggest, or rules of the caller's own."""
+    by_hand = f"rules of your own: {DOCUMENTATION}tasks/recipes/"
+    in_python = f"in Python, pass {by_hand}"
+    if model_type in RECIPES:
+        return f"pass {{rules=automodel_conv.recipes.{RECIPES[model_type].__name__}()}}"
+    for architecture in architectures:
+        known_type = _type_with_rules(architecture)
+        if known_type is not None:
+            rules = f'{{rules=automodel_conv.get_checkpoint_conversion_mapping("{known_type}")}}'
+            return f"pass {rules} if its names are those of {architecture}", in_python
+    call = call_for(names)
+    if call is None:
+        return f"pass {{rules=[...]}}, {by_hand}", in_python
+    return f"pass {{rules=automodel_conv.recipes.{call}}} if these are its experts", in_python
+
+
+def _type_with_rules(architecture: str) -> str | None:
+    """Return the ``model_type`` of a class of transformers if rules are registered for the type."""
+    import transformers
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    config_class = getattr(getattr(transformers, architecture, None), "config_class", None)
+    model_type = getattr(config_class, "model_type", None)
+    return model_type if model_type and get_checkpoint_conversion_mapping(model_type) else None
 
 
 def model_class(config: Any, where: str) -> tuple[Any, Any]:

@@ -21,13 +21,15 @@ from automodel_conv.upstream.models import expert_layouts
 from automodel_conv.upstream.registry import holds_pretrained
 from automodel_conv.upstream.rules import RuleSet
 
-_NAMES = {
-    kind: re.compile(rf"^.+\.experts\.\d+\.(?:gate|up|down)_proj\.{kind}$", re.MULTILINE) for kind in ("weight", "bias")
-}
+_NAME = r"\.experts\.\d+\.(?:gate|up|down)_proj\.{kind}$"
+_ANY_EXPERT = re.compile(r"\*|\\d")  # in a pattern: stands for the number of an expert
 
 
 def per_expert_rules(model: nn.Module | None, rules: Sequence[Any], names: Iterable[str]) -> list[Any]:
-    """Return the rules that group per-expert tensors as a model has them, or none if the model's own rules do.
+    """Return the rules that group per-expert tensors as a model has them, or none if it has rules for such tensors.
+
+    Own rules for per-expert tensors under other names (``experts.0.w1.weight``) mean that these files are not of the
+    model's type.
 
     Args:
         model: the model, or None.
@@ -36,16 +38,26 @@ def per_expert_rules(model: nn.Module | None, rules: Sequence[Any], names: Itera
     """
     if model is None or not holds_pretrained(model):
         return []
-    text = "\n".join(names)
-    examples = {kind: match.group() for kind, pattern in _NAMES.items() if (match := pattern.search(text)) is not None}
-    layouts = set(expert_layouts(model).values()) if examples else set()
-    layout = layouts.pop() if len(layouts) == 1 else None
-    if layout is None:
-        return []
     own = RuleSet(rules, model)
+    patterns = [pattern for row in range(len(own.converters)) for pattern in own.patterns(row)[0]]
+    layouts = set(expert_layouts(model).values())
+    layout = layouts.pop() if len(layouts) == 1 else None
+    if layout is None or any("experts" in pattern and _ANY_EXPERT.search(pattern) for pattern in patterns):
+        return []
+    text = "\n".join(names)
+    examples = {kind: _line(text, re.compile(_NAME.format(kind=kind), re.MULTILINE)) for kind in ("weight", "bias")}
     return [
-        rule for kind, name in examples.items() if own.rename(name)[1] < 0 for rule in _grouping_rules(layout, kind)
+        rule
+        for kind, name in examples.items()
+        if name is not None and own.rename(name)[1] < 0
+        for rule in _grouping_rules(layout, kind)
     ]
+
+
+def _line(text: str, pattern: re.Pattern[str]) -> str | None:
+    """Return the first line that ends with a pattern."""
+    match = pattern.search(text)
+    return None if match is None else text[text.rfind("\n", 0, match.start()) + 1 : match.end()]
 
 
 def _grouping_rules(layout: ExpertLayout, kind: str) -> Iterator[Any]:

@@ -3,7 +3,7 @@
 The quantizer inserts its own operation before those of the model's rules, which then also collect the scales, and adds
 a rule for all other weights. Without these the rules are the model's own again: the rules of a checkpoint of plain
 values. A decoded model is saved by them.
-Source: transformers 5.23.0, ``HfQuantizer.update_weight_conversions`` and ``get_weight_conversions``.
+Source: transformers 5.24.0, ``HfQuantizer.update_weight_conversions`` and ``get_weight_conversions``.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ def saving_rules(model: Any, rules: Iterable[Any] | None) -> list[Any]:
 def saving_order(model: Any) -> Callable[[str], Any] | None:
     """Return the sort key by which transformers orders names when it reverses rules; None if it keeps their order.
 
-    Source: transformers 5.23.0, ``revert_weight_conversion``; the key differs between versions.
+    Source: transformers 5.24.0, ``revert_weight_conversion``; the key differs between versions.
     """
     if not is_pretrained_model(model):
         return None
@@ -159,7 +159,7 @@ def _prediction_layers(model: nn.Module, unexpected: Iterable[str]) -> tuple[str
     model ignores a numbered layer. Such a layer has modules that the other layers lack (``eh_proj``). A layer without
     them is one that the config leaves out.
 
-    Source: transformers 5.23.0, ``_keys_to_ignore_on_load_unexpected`` of ``DeepseekV3PreTrainedModel``
+    Source: transformers 5.24.0, ``_keys_to_ignore_on_load_unexpected`` of ``DeepseekV3PreTrainedModel``
     (``model.layers.61``) and of ``Glm4MoePreTrainedModel``; ``num_nextn_predict_layers`` in DeepSeek-V3's
     ``config.json``.
     """

@@ -1,7 +1,7 @@
 """Apply transformers' rule objects: ``RuleSet`` implements the protocol ``Rules`` of ``planning/rules.py``.
 
 The *installed* rule objects rename through the installed ``rename_source_key``. Its pattern semantics changed three
-times between 5.0 and 5.23, so it is never re-implemented here. Operations become data only if their class is
+times between 5.0 and 5.24, so it is never re-implemented here. Operations become data only if their class is
 transformers' own with an unpatched ``convert``. All other operations run as transformers runs them, one target at a
 time.
 
@@ -150,7 +150,7 @@ class RuleSet:
             target: name of the target.
             slots: source rows by source pattern.
             cast: dtypes, by source row, that sources are cast to before all operations.
-                Source: transformers 5.23.0, ``_materialize_copy`` in ``core_model_loading.py``.
+                Source: transformers 5.24.0, ``_materialize_copy`` in ``core_model_loading.py``.
         """
         model, config = self.model, self._config()
         rule = self.converters[row]

@@ -21,7 +21,7 @@ def write_config(model: nn.Module, dtype: torch.dtype | None, directory: str) ->
         dtype: dtype of the saved weights; None: the model's.
         directory: directory to write to.
 
-    Source: transformers 5.23.0, ``save_pretrained`` in ``modeling_utils``.
+    Source: transformers 5.24.0, ``save_pretrained`` in ``modeling_utils``.
     """
     if not is_pretrained_model(model):
         return

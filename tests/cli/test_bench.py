@@ -52,7 +52,7 @@ def plain(tmp_path_factory):
 
 
 def test_all_bytes_are_timed_with_every_number_of_threads(plain):
-    result = bench.bench(plain, use_model=False, most_threads=4)
+    result = bench.bench(plain, rules=[], most_threads=4)
     assert (result.files, result.tensors) == (2, 4)
     assert result.nbytes == result.sample_nbytes == 4 * (700_000 + 300 * 300 + 7)
     assert result.scratch_nbytes == 0
@@ -62,15 +62,15 @@ def test_all_bytes_are_timed_with_every_number_of_threads(plain):
 
 
 def test_cast_bytes_are_counted_separately(plain):
-    result = bench.bench(plain, use_model=False, dtype=torch.bfloat16, most_threads=1)
+    result = bench.bench(plain, rules=[], dtype=torch.bfloat16, most_threads=1)
     assert result.scratch_nbytes == result.sample_nbytes
 
 
 def test_most_bytes_limits_the_sample_to_at_least_one_target(plain):
-    few = bench.bench(plain, use_model=False, most_bytes=1, most_threads=1)
+    few = bench.bench(plain, rules=[], most_bytes=1, most_threads=1)
     assert few.sample_targets == 1
     assert 0 < few.sample_nbytes < few.nbytes
-    sampled = bench.bench(plain, use_model=False, most_bytes=400_000, most_threads=1)
+    sampled = bench.bench(plain, rules=[], most_bytes=400_000, most_threads=1)
     assert sampled.sample_nbytes < sampled.nbytes
 
 
@@ -84,7 +84,7 @@ def test_first_read_is_of_uncached_files(plain, monkeypatch):
             return real(*arguments)
 
         monkeypatch.setattr(system, name, watched)
-    bench.bench(plain, use_model=False, most_threads=1, drop_cache=True)
+    bench.bench(plain, rules=[], most_threads=1, drop_cache=True)
     names = [name for name, _ in order]
     assert [name for name in names if name in ("sync", "drop_cache")] == ["sync", "drop_cache"] * 2
     data_reads = names[len(names) - 1 - names[::-1].index("drop_cache") :]
@@ -101,18 +101,18 @@ def test_files_that_were_read_are_reported_as_cached(plain):
 def test_cache_state_is_unknown_without_system_support(plain, monkeypatch):
     monkeypatch.delattr(os, "RWF_NOWAIT", raising=False)
     monkeypatch.delattr(os, "posix_fadvise", raising=False)
-    assert bench.bench(plain, use_model=False, most_threads=1, drop_cache=True).cached is None
+    assert bench.bench(plain, rules=[], most_threads=1, drop_cache=True).cached is None
 
 
 def test_a_checkpoint_without_bytes_is_refused(tmp_path):
     save_file({"empty": torch.ones(0)}, tmp_path / "model.safetensors")
     with pytest.raises(amc.UnsupportedError, match="nothing to time"):
-        bench.bench(tmp_path, use_model=False)
+        bench.bench(tmp_path, rules=[])
 
 
 def test_descriptors_are_closed(plain):
     before = os.listdir("/proc/self/fd")
-    bench.bench(plain, use_model=False, most_threads=2, drop_cache=True)
+    bench.bench(plain, rules=[], most_threads=2, drop_cache=True)
     assert os.listdir("/proc/self/fd") == before
 
 

@@ -93,6 +93,23 @@ def test_command_advises_the_layout_that_the_names_have(moe, tmp_path):
 
 
 @needs_transformers
+@pytest.mark.parametrize("command", ["plan", "load", "convert", "bench"])
+def test_command_advises_a_recipe_by_its_option(plain, tmp_path, command):
+    (plain / "config.json").write_text(json.dumps({"model_type": "kimi_k2"}))
+    result = run(command, plain, *([tmp_path / "new"] if command == "convert" else []))
+    assert "pass --recipe kimi_k2;" in result.stderr
+    assert "rules" not in result.stderr
+
+
+@needs_transformers
+def test_command_without_a_recipe_points_to_python(plain):
+    (plain / "config.json").write_text(json.dumps({"model_type": "nobodys"}))
+    result = run("load", plain)
+    assert "in Python, pass rules of your own: https://" in result.stderr
+    assert "rules=" not in result.stderr
+
+
+@needs_transformers
 def test_command_advises_no_option_of_another_command(moe, tmp_path):
     for file in moe.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

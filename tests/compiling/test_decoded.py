@@ -7,6 +7,7 @@ import torch
 
 from automodel_conv.compiling.decoded import decoded_table
 from automodel_conv.errors import CheckpointError, QuantizationError
+from automodel_conv.planning.arrangement import PLAIN, Arrangement
 from tests.compiling.support import tensors_of, write
 
 FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [2, 2]}}
@@ -73,7 +74,14 @@ def test_malformed_config_is_an_error(tmp_path):
         decoded_table(checkpoint, needs_values=False)
 
 
-def test_rows_that_end_in_padding_are_an_error(tmp_path):
-    assert decoded_table(write(tmp_path, int4_tensors(16), config=INT4), needs_values=True).decodes
-    with pytest.raises(QuantizationError, match=r"padding(.|\n)*a\.weight_packed(.|\n)*\[2, 16\](.|\n)*\[2, 13\]"):
-        decoded_table(write(tmp_path, int4_tensors(13), config=INT4), needs_values=True)
+def test_rows_that_end_in_padding_are_narrower_than_their_codes(tmp_path):
+    for columns, arrangement in ((16, PLAIN), (13, Arrangement(width=13))):
+        table = decoded_table(write(tmp_path, int4_tensors(columns), config=INT4), needs_values=True)
+        row = table.names.index("a.weight")
+        assert (table.shapes[row], table.decodes[row].matrix) == ((2, 16), (2, 16))
+        assert table.decodes[row].arrangement == arrangement
+
+
+def test_true_shape_that_does_not_fit_the_codes_is_an_error(tmp_path):
+    with pytest.raises(QuantizationError, match=r"a\.weight_shape does not fit(.|\n)*9 to 16(.|\n)*\[2, 8\]"):
+        decoded_table(write(tmp_path, int4_tensors(8), config=INT4), needs_values=True)

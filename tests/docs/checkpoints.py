@@ -32,6 +32,7 @@ _SMALL: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": None,
 }
+_DEEPSEEK_LINEAR = r"(self_attn\.\w+_proj(_with_mqa)?|mlp\.(shared_experts\.|experts\.\d+\.)?\w+_proj)\.weight$"
 
 
 def write_all(directory: Path) -> Mapping[str, Path]:
@@ -59,6 +60,28 @@ def _qwen3_fp8(folder: Path) -> None:
 
 
 def _deepseek_v3(folder: Path) -> None:
+    tensors = _deepseek_v3_tensors(folder)
+    # The layer of multi-token prediction, which has the number 61 in the published checkpoint.
+    last = {n.replace(".2.", ".61.", 1): t.clone() for n, t in tensors.items() if n.startswith("model.layers.2.")}
+    hidden = _SMALL["hidden_size"]
+    generator = torch.Generator().manual_seed(61)
+    norms = {f"model.layers.61.{name}.weight": torch.ones(hidden, dtype=torch.bfloat16) for name in ("enorm", "hnorm")}
+    projection = torch.randn(hidden, 2 * hidden, generator=generator).bfloat16()
+    tensors |= last | norms | {"model.layers.61.eh_proj.weight": projection}
+    _write(folder, _quantized(tensors, _DEEPSEEK_LINEAR), fine_grained(_BLOCK).config)
+
+
+def _kimi_k2(folder: Path) -> None:
+    """Write Kimi-K2, which has the names of DeepSeek-V3 and a type that only its own code reads."""
+    _write(folder, _quantized(_deepseek_v3_tensors(folder), _DEEPSEEK_LINEAR), fine_grained(_BLOCK).config)
+    config = json.loads((folder / "config.json").read_text())
+    own_code = {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}
+    config |= {"model_type": "kimi_k2", "num_nextn_predict_layers": 0, "auto_map": own_code}
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def _deepseek_v3_tensors(folder: Path) -> dict[str, Tensor]:
+    """Write the config of DeepSeek-V3, and return the tensors of its layers before they are quantized."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     sizes = {"q_lora_rank": 64, "kv_lora_rank": 96, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32}
@@ -76,16 +99,7 @@ def _deepseek_v3(folder: Path) -> None:
         topk_group=1,
         num_nextn_predict_layers=1,
     )
-    tensors = _published(_random(DeepseekV3ForCausalLM, config), folder)
-    # The layer of multi-token prediction, which has the number 61 in the published checkpoint.
-    last = {n.replace(".2.", ".61.", 1): t.clone() for n, t in tensors.items() if n.startswith("model.layers.2.")}
-    hidden = config.hidden_size
-    generator = torch.Generator().manual_seed(61)
-    norms = {f"model.layers.61.{name}.weight": torch.ones(hidden, dtype=torch.bfloat16) for name in ("enorm", "hnorm")}
-    projection = torch.randn(hidden, 2 * hidden, generator=generator).bfloat16()
-    tensors |= last | norms | {"model.layers.61.eh_proj.weight": projection}
-    linear = r"(self_attn\.\w+_proj(_with_mqa)?|mlp\.(shared_experts\.|experts\.\d+\.)?\w+_proj)\.weight$"
-    _write(folder, _quantized(tensors, linear), fine_grained(_BLOCK).config)
+    return _published(_random(DeepseekV3ForCausalLM, config), folder)
 
 
 def _gpt_oss(folder: Path) -> None:
@@ -117,6 +131,7 @@ _WRITERS: Mapping[str, Callable[[Path], None]] = {
     "Qwen/Qwen3-30B-A3B": _qwen3,
     "Qwen/Qwen3-30B-A3B-FP8": _qwen3_fp8,
     "deepseek-ai/DeepSeek-V3": _deepseek_v3,
+    "moonshotai/Kimi-K2-Instruct": _kimi_k2,
     "openai/gpt-oss-20b": _gpt_oss,
     "mistralai/Mixtral-8x7B-v0.1": _mixtral,
 }

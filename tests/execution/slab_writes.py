@@ -26,7 +26,7 @@ from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.publishing.saved import places_in
 from automodel_conv.schedule.writes import slab_schedule
 from tests.execution.simulated import SimulatedDevice
-from tests.execution.support import LAYOUTS, moe, naive, plan_of, write_checkpoint
+from tests.execution.support import LAYOUTS, PAD, columns, moe, naive, plan_of, target, write_checkpoint
 
 MAKERS = ("host", "device", "files")
 SLAB, INPUT = 1024, 512
@@ -115,4 +115,19 @@ def every_case(tmp_path_factory):
             grouped = write_checkpoint(tmp_path_factory.mktemp("back"), {"a.safetensors": forward.expected}, pad=1)
             backward = forward.plan.inverse()
             every += [forward, Case(forward.expected, grouped, backward, naive(backward, forward.expected))]
-    return every
+    return [*every, *(padded_case(tmp_path_factory.mktemp("padded"), rows) for rows in (2, 5))]
+
+
+def padded_case(directory, rows):
+    """Return a small case of targets that end in rows of zeros, between others, and one that needs none."""
+    tensors = {"a": torch.arange(1.0, 1 + rows * 3).reshape(rows, 3), "b": torch.arange(1.0, 6)}
+    checkpoint = write_checkpoint(directory, {"a.safetensors": tensors})
+    sources = columns(checkpoint)
+    plan = plan_of(
+        sources,
+        target(sources, "whole", "F32", [["a"]]),
+        target(sources, "padded", "F32", [["a"]], [PAD]),
+        target(sources, "cast", "F64", [["a"]], [PAD]),
+        target(sources, "b", "F32", [["b"]], [PAD]),
+    )
+    return Case(tensors, checkpoint, plan, naive(plan, tensors))

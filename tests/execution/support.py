@@ -23,6 +23,7 @@ from automodel_conv.testing import address_valued
 MERGE = Operation("MergeModulelist", (("dim", 0),))
 CONCATENATE = Operation("Concatenate", (("dim", 1),))
 TRANSPOSE = Operation("Transpose", (("dim0", 1), ("dim1", 2)))
+PAD = Operation("Inkling2UnpadVocab", (("inverse", True), ("rows", 5)))
 INTERLEAVE = Operation("Interleave", (("dim", 1), ("inverse", True)))
 
 
@@ -86,7 +87,7 @@ def target(
 
 
 def target_from(name: str, dtype: str, value: Value, rows: Iterable[int]) -> Target:
-    return Target(name, dtype, value.shape, -1, tuple(rows), copies_of(value))
+    return Target(name, dtype, value.shape, -1, tuple(rows), copies_of(value), zero_rows=value.zero_rows)
 
 
 def plan_of(sources: SourceTable, *targets: Target) -> CopyPlan:
@@ -108,6 +109,8 @@ def naive(plan: CopyPlan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                     write = piece.target_offset + _dot(index, piece.box.target_strides)
                     assert out[write] is None
                     out[write] = flat[read].to(torch_dtype(t.dtype))
+        zeros = t.zero_rows * prod(t.shape[1:])
+        out[len(out) - zeros :] = [torch.zeros((), dtype=torch_dtype(t.dtype))] * zeros
         empty = torch.empty(t.shape, dtype=torch_dtype(t.dtype))
         results[t.name] = torch.stack(out).reshape(t.shape) if out else empty
     return results

@@ -12,6 +12,7 @@ from automodel_conv.execution.buffers import (
     byte_view,
     checked_buffer,
     dtype_of,
+    fill_zero_rows,
     raw_bytes,
     span_bytes,
     strided,
@@ -98,3 +99,12 @@ def test_copies_are_aimed_at_the_strides_that_a_buffer_has():
     assert copy.box == Box((3, 2), (1, 3), (2, 1))
     assert copies(TARGET._replace(name="another"), torch.zeros(3, 2).t()) is copies(TARGET, transposed)
     assert copies(TARGET, torch.zeros(2, 5)[:, :3]) is not copies(TARGET, transposed)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.bool, torch.float8_e4m3fn], ids=str)
+def test_rows_of_zeros_are_filled_in_a_buffer_of_any_strides(dtype):
+    for buffer in (torch.ones(4, 3).to(dtype), torch.ones(3, 4).to(dtype).t(), torch.ones(8, 6).to(dtype)[::2, ::2]):
+        fill_zero_rows(TARGET._replace(shape=(4, 3), zero_rows=3), buffer)
+        assert buffer.float().tolist() == [[1.0] * 3, *([[0.0] * 3] * 3)]
+        fill_zero_rows(TARGET._replace(shape=(4, 3)), buffer)
+        assert buffer[0].float().tolist() == [1.0] * 3

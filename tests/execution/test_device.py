@@ -20,6 +20,7 @@ from automodel_conv.planning.operations import Operation
 from automodel_conv.testing import address_valued, assert_bytes_equal, guarded
 from tests.execution.device_loads import SMALL, Case, assert_released, load
 from tests.execution.simulated import SimulatedDevice
+from tests.execution.slab_writes import padded_case
 from tests.execution.support import LAYOUTS, columns, moe, naive, plan_of, target, write_checkpoint
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -167,3 +168,9 @@ def test_targets_of_transformers_code_are_computed_and_uploaded(tmp_path):
 def test_progress_counts_all_bytes(cases, capsys):
     load(cases[1], SimulatedDevice(), progress=True)
     assert "100%" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rows", [0, 2, 5])
+def test_rows_that_no_copy_fills_are_zero(tmp_path, rows):
+    case = padded_case(tmp_path, rows)
+    load(Case(case.checkpoint, case.plan, case.expected), SimulatedDevice())

@@ -24,6 +24,7 @@ from automodel_conv.planning.values import Value, leaf
 from automodel_conv.schedule.jobs import GAP_BYTES
 from automodel_conv.testing import address_valued, assert_bytes_equal, assert_written, guarded
 from tests.execution.host_loads import check_load, outputs
+from tests.execution.slab_writes import padded_case
 from tests.execution.support import (
     LAYOUTS,
     MERGE,
@@ -399,3 +400,9 @@ def test_support_writes_files_that_safetensors_reads(tmp_path):
     assert json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
     for name, tensor in load_file(checkpoint.files[0]).items():
         assert_bytes_equal(tensor, tensors[name])
+
+
+@pytest.mark.parametrize("rows", [0, 2, 5])
+def test_rows_that_no_copy_fills_are_zero(tmp_path, rows):
+    case = padded_case(tmp_path, rows)
+    check_load(case.plan, case.checkpoint, case.expected)

@@ -64,7 +64,8 @@ def expected(rectangle, memory):
         for c in range(COLUMNS):
             if bits == 8:
                 code = data[CODES + r * CODES_STRIDE + c]
-                value = torch.tensor([code], dtype=torch.uint8).view(torch.float8_e4m3fn).double().item()
+                stored = torch.int8 if rectangle.decode.format == "int8" else torch.float8_e4m3fn
+                value = torch.tensor([code], dtype=torch.uint8).view(stored).double().item()
             else:
                 byte = data[CODES + r * CODES_STRIDE + c // 2]
                 code = byte >> 4 if c % 2 else byte & 15
@@ -93,7 +94,7 @@ def check(rectangle, memory):
 
 
 @pytest.mark.parametrize("entries", [1, 200, 1 << 18], ids=["bands of a block", "bands of some", "one band"])
-@pytest.mark.parametrize("code_format", ["e4m3", "e2m1", "int4"])
+@pytest.mark.parametrize("code_format", ["e4m3", "e2m1", "int4", "int8"])
 @pytest.mark.parametrize(("block", "start"), [((2, 4), (1, 2)), ((3, 4), (2, 0)), ((64, 64), (9, 4)), ((2, 6), (0, 0))])
 def test_values_are_codes_times_the_scale_of_their_block(monkeypatch, memory, code_format, block, start, entries):
     monkeypatch.setattr(host_decoding, "TABLE_ENTRIES", entries)

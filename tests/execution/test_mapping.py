@@ -20,7 +20,7 @@ from automodel_conv.execution.mapping import (
 from automodel_conv.files import system
 from automodel_conv.planning.copies import Fallback, Target
 from automodel_conv.testing import assert_bytes_equal
-from tests.execution.support import CONCATENATE, MERGE, TRANSPOSE, columns, plan_of, target, write_checkpoint
+from tests.execution.support import CONCATENATE, MERGE, PAD, TRANSPOSE, columns, plan_of, target, write_checkpoint
 from tests.faults import descriptors
 
 CPU = torch.device("cpu")
@@ -52,6 +52,7 @@ def test_targets_with_another_arrangement_are_no_range(checkpoint):
         stacked(sources, "apart", [["a"], ["b"]], MERGE, CONCATENATE, TRANSPOSE),
         stacked(sources, "cast", [["a"]])._replace(dtype="BF16"),
         Target("none", "F32", (0, 3), -1, (0,), ()),
+        stacked(sources, "zeros", [["a"]], PAD),
         Target("by upstream", "F32", (6,), -1, (0,), (), Fallback("a test", dict)),
     ]
     assert [t.name for t in others if file_range_of(t, checkpoint)] == []

@@ -26,6 +26,7 @@ from automodel_conv.planning.operations import Operation
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.values import leaf
 from automodel_conv.testing import address_valued, assert_bytes_equal, guarded
+from tests.execution.slab_writes import padded_case
 from tests.execution.support import (
     CONCATENATE,
     INTERLEAVE,
@@ -465,3 +466,15 @@ def test_any_chain_from_any_strides_to_any_strides(data, shape, count, result):
     convert_tensors(plan, sources, {"t": guard.tensor})
     guard.check()
     assert_bytes_equal(guard.tensor, naive(plan, tensors)["t"])
+
+
+@pytest.mark.parametrize("rows", [0, 2, 5])
+def test_rows_that_no_copy_fills_are_zero(tmp_path, rows):
+    case = padded_case(tmp_path, rows)
+    guards = {t.name: guarded(t.shape, torch_dtype(t.dtype)) for t in case.plan.targets}
+    convert_tensors(
+        case.plan, [case.tensors[name] for name in case.plan.sources.names], {n: g.tensor for n, g in guards.items()}
+    )
+    for name, guard in guards.items():
+        guard.check()
+        assert_bytes_equal(guard.tensor, case.expected[name])

@@ -199,13 +199,17 @@ def test_single_rank_keeps_the_bytes_of_other_ranks(tmp_path_factory, seed, most
     reads = [[0] * prod(shape) for shape in plan.sources.shapes]
     widths = {}
     for t in plan.targets:
+        zeros = t.zero_rows * prod(t.shape[1:]) * itemsize(t.dtype)
+        last = prod(t.shape[1:]) * (t.shape[0] - t.zero_rows) - 1 if zeros else None
         for copy in t.copies:
             for piece in copy.pieces():
                 row = t.sources[piece.source]
                 for index in itertools.product(*map(range, piece.box.shape)):
                     at = piece.source_offset + sum(i * s for i, s in zip(index, piece.box.source_strides, strict=True))
                     reads[row][at] += 1
-                    widths[row, at] = widths.get((row, at), 0) + itemsize(t.dtype)
+                    to = piece.target_offset + sum(i * s for i, s in zip(index, piece.box.target_strides, strict=True))
+                    nbytes = itemsize(t.dtype) + (zeros if to == last else 0)
+                    widths[row, at] = widths.get((row, at), 0) + nbytes
     owned = 0
     for row, local_tensors in held.items():
         numbers = torch.arange(prod(plan.sources.shapes[row])).reshape(plan.sources.shapes[row])

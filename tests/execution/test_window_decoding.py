@@ -16,7 +16,7 @@ from automodel_conv.execution.stats import CopyCounts
 from automodel_conv.execution.window_copies import WindowCopies
 from automodel_conv.execution.window_decoding import WindowDecoder
 from automodel_conv.planning.boxes import Box
-from automodel_conv.planning.copies import Decode
+from automodel_conv.planning.copies import Decode, ZeroPacking
 from automodel_conv.schedule.code_windows import code_windows
 from automodel_conv.schedule.device import Window
 from automodel_conv.schedule.jobs import Move, group_moves
@@ -62,13 +62,16 @@ def decoded(file, decodes, moves, targets, limit, by_kernels=False):
 
 source_strategy = st.fixed_dictionaries(
     {
-        "code_format": st.sampled_from(["e4m3", "e2m1", "int4"]),
+        "code_format": st.sampled_from(["e4m3", "e2m1", "int4", "int8"]),
         "matrices": st.integers(1, 3),
         "rows": st.sampled_from([1, 3, 4, 6, 8, 12]),
         "columns": st.sampled_from([2, 4, 8, 16, 24]),
-        "block": st.tuples(st.sampled_from([1, 2, 3, 4, 16]), st.sampled_from([2, 4, 16, 1024])),
+        "block": st.tuples(st.sampled_from([1, 2, 3, 4, 16]), st.sampled_from([1, 2, 3, 4, 16, 1024])),
         "scales": st.sampled_from(list(SCALES)),
-        "has_global": st.booleans(),
+        "has_global": st.sampled_from([False, True, "each"]),
+        "has_divisor": st.booleans(),
+        "packing": st.sampled_from([ZeroPacking(), ZeroPacking(by_columns=True), ZeroPacking(True, 0x11111111)]),
+        "word": st.sampled_from([(), (4, 2)]),
         "view": st.lists(st.sampled_from(list(VIEWS)), min_size=1, max_size=2),
     }
 )
@@ -81,6 +84,8 @@ def check(sources, limit, seed, gap, by_kernels):
         source = dict(source)
         views = source.pop("view")
         zero_points = source["code_format"] == "int4" and number % 2 == 0
+        if -(-source["columns"] // source["block"][1]) % 8:
+            source["word"] = ()
         row, decode, numbers = add_source(file, random, f"s{number}", **source, zero_points=zero_points)
         decodes[row] = decode
         shape = source["matrices"], source["rows"], source["columns"]

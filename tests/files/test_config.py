@@ -5,7 +5,14 @@ import json
 import pytest
 
 from automodel_conv.errors import CheckpointError
-from automodel_conv.files.config import check_config, plain_config, quantization, quantization_config
+from automodel_conv.files.config import (
+    architectures_of,
+    check_config,
+    model_type_of,
+    plain_config,
+    quantization,
+    quantization_config,
+)
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 MODELOPT = {"producer": {"name": "modelopt", "version": "0.40"}, "quantization": {"quant_algo": "FP8"}}
@@ -57,6 +64,13 @@ def test_modelopts_own_file_becomes_settings_of_transformers(write):
     }
 
 
+def test_modelopts_own_file_keeps_what_it_states_of_modules(write):
+    layers = {"a": {"quant_algo": "NVFP4", "group_size": 16}}
+    stated = {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers, "moe_quant_algo": "NVFP4"}
+    directory = write({"producer": {"name": "modelopt"}, "quantization": stated}, "hf_quant_config.json")
+    assert quantization_config(directory) == {"quant_method": "modelopt", **stated}
+
+
 @pytest.mark.parametrize("config", [[], {}, {"quantization": []}, {"producer": 1, "quantization": {}}], ids=str)
 def test_a_malformed_file_of_modelopt_is_named(write, config):
     with pytest.raises(CheckpointError, match=r"(?s)malformed.*hf_quant_config\.json"):
@@ -84,3 +98,22 @@ def test_a_config_that_is_not_json_is_named(tmp_path, write, text):
     check_config(str(tmp_path))
     with pytest.raises(CheckpointError, match=r"config\.json"):
         check_config(write(text))
+
+
+@pytest.mark.parametrize(
+    ("config", "model_type", "architectures"),
+    [
+        ({"model_type": "a", "architectures": ["B", 3, "C"]}, "a", ["B", "C"]),
+        ({"model_type": 3, "architectures": "B"}, None, []),
+        ({"model_type": None, "architectures": None}, None, []),
+        ({}, None, []),
+        (["a"], None, []),
+        (None, None, []),
+    ],
+    ids=str,
+)
+def test_type_and_classes_are_names_or_absent(tmp_path, config, model_type, architectures):
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    assert model_type_of(str(tmp_path)) == model_type
+    assert architectures_of(str(tmp_path)) == architectures

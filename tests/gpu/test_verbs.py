@@ -113,11 +113,12 @@ NUMBERS = {
         ("e4m3", (1, 1 << 20), (0, 6)),
         ("e2m1", (1, 32), (0, 16)),
         ("int4", (1, 32), (0, 0)),
+        ("int8", (1, 1 << 20), (0, 6)),
     ],
 )
 @pytest.mark.parametrize("layout", NUMBERS)
 def test_dequantize_equals_its_torch_version_on_the_cpu(layout, code_format, block, start, sides, device):
-    (rows, columns), bits = sides, 8 if code_format == "e4m3" else 4
+    (rows, columns), bits = sides, 8 if code_format in ("e4m3", "int8") else 4
     grid = [-(-(size + begin) // step) for size, begin, step in zip(sides, start, block, strict=True)]
     scales = torch.randint(0, 255, grid, dtype=torch.uint8) if code_format == "e2m1" else torch.randn(grid)
     nbytes = columns * bits // 8

@@ -22,6 +22,7 @@ MODULES = (
     f"{PACKAGE}.conversion_mapping",
     f"{PACKAGE}.integrations.dcp",
     f"{PACKAGE}.integrations.nemo",
+    f"{PACKAGE}.recipes",
     f"{PACKAGE}.testing",
 )
 # Public functions of the kernels, by module.

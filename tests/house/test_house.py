@@ -20,8 +20,8 @@ CONTRIBUTING = Path(__file__).parent.parent.parent / "CONTRIBUTING.md"
 
 LOWEST = {"errors.py", "dtypes.py"}
 PURE = {"planning/": LOWEST, "schedule/": {"planning/", *LOWEST}}
-# The rule queries return transformers' own objects, and the demo compares with its loader.
-ASK_TRANSFORMERS = ("upstream/", "integrations/", "conversion_mapping.py", "cli/")
+# Recipes and rule queries return transformers' own objects, and the demo compares with its loader.
+ASK_TRANSFORMERS = ("upstream/", "integrations/", "recipes/", "conversion_mapping.py", "cli/")
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,16 @@ TESTS = Path(__file__).parent.parent
 
 ELSEWHERE = {
     "compiling/options": "doors/test_load_options.py",
+    "planning/methods/awq": "planning/test_methods.py",
     "planning/methods/compressed_tensors": "planning/test_methods.py",
     "planning/methods/fbgemm_fp8": "planning/test_methods.py",
     "planning/methods/fp8": "planning/test_methods.py",
+    "planning/methods/fp8_with_modelopt": "planning/test_methods.py",
+    "planning/methods/gptq": "planning/test_methods.py",
     "planning/methods/method": "planning/test_methods.py",
     "planning/methods/modelopt": "planning/test_methods.py",
     "planning/methods/mxfp4": "planning/test_methods.py",
+    "planning/methods/quark": "planning/test_methods.py",
     "planning/methods/table": "planning/test_methods.py",
     "planning/rules": "upstream/test_rules.py",
     "planning/wanted": "planning/test_compiler.py",

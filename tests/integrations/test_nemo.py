@@ -123,6 +123,8 @@ def test_unsupported_calls_of_an_adapter_are_refused():
         adapter.from_hf(quantized)
     with pytest.raises(amc.UnsupportedError, match="no rules for no_such_type"):
         StateDictAdapter.of("no_such_type")
+    with pytest.raises(amc.UnsupportedError, match=r"StateDictAdapter\(automodel_conv\.recipes\.kimi_k2\(\)\)"):
+        StateDictAdapter.of("kimi_k2")
     missing = {name: tensor for name, tensor in checkpoint.items() if ".2.up_proj" not in name}
     with pytest.raises(amc.ConversionError, match=r"experts\.2\.up_proj"):
         adapter.from_hf(missing)

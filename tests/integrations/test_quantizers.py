@@ -55,6 +55,8 @@ def test_a_quantizer_that_does_more_is_the_reason_for_what_is_left(change):
         ("e2m1", 3, "BF16", "BF16", False),
         ("int4", None, "BF16", "BF16", True),
         ("int4", None, "F16", "BF16", False),
+        ("int8", None, "BF16", "BF16", True),
+        ("int8", None, "F32", "BF16", False),
     ],
 )
 def test_values_are_rounded_the_same_unless_transformers_computes_in_another_dtype(

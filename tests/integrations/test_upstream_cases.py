@@ -240,14 +240,17 @@ def test_scoped_renaming_and_converter_apply_only_in_their_scope(tmp_path):
     shapes: dict[str, tuple[int, ...]] = {"q.weight": (1, H)}
     stored: dict[str, tuple[int, ...]] = {"old_q.weight": (1, H)} | experts()
     for tower in ("vision", "text"):
-        shapes |= {f"{tower}.q.weight": (1, H)} | grouped(f"{tower}.experts")
+        shapes |= {f"{tower}.q.weight": (1, H)}
         stored |= {f"{tower}.old_q.weight": (1, H)} | experts(f"{tower}.experts")
     rules = [scoped(rule, "vision") for rule in (WeightRenaming("^old_q", "q"), *expert_rules(start="^"))]
-    loaded = load(Case(shapes, tensors_of(stored), rules, base_model_prefix=""), tmp_path)
+    loaded = load(Case(shapes | grouped("vision.experts"), tensors_of(stored), rules, base_model_prefix=""), tmp_path)
     assert set(loaded.load.lowered) == set(grouped("vision.experts"))
-    assert loaded.info.missing_keys == {"q.weight", "text.q.weight", *grouped("text.experts")}
+    assert loaded.info.missing_keys == {"q.weight", "text.q.weight"}
     assert "old_q.weight" in loaded.info.unexpected_keys
     assert "text.old_q.weight" in loaded.info.unexpected_keys
+    shapes |= grouped("text.experts")
+    with pytest.raises(amc.UnsupportedError, match=r"(?s)has no rule that groups .*text\.experts\.gate_up_proj"):
+        load(Case(shapes | grouped("vision.experts"), tensors_of(stored), rules, base_model_prefix=""), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -75,9 +75,9 @@ def problems(draw, most=40):
     rows, columns = draw(sides), draw(sides) * step
     block = (
         draw(st.integers(1, 50) | st.sampled_from([1, 16, 32, 128])),
-        draw(st.integers(1, 50) | st.sampled_from([8, 16, 64])) * step,
+        draw(st.integers(1, 100) | st.sampled_from([1, 16, 32, 128])),
     )
-    start = draw(st.integers(0, block[0] - 1)), draw(st.integers(0, block[1] // step - 1)) * step
+    start = draw(st.integers(0, block[0] - 1)), draw(st.integers(0, block[1] - 1))
     return Problem(
         bits,
         (rows, columns),

@@ -22,6 +22,7 @@ NUMBERS = {
     "e5m2": torch.arange(256).to(torch.uint8).view(torch.float8_e5m2).double().numpy(),
     "e2m1": np.array([*E2M1, *(-number for number in E2M1)]),
     "int4": np.arange(16) - 8.0,
+    "int8": torch.arange(256).to(torch.uint8).view(torch.int8).double().numpy(),
 }
 HARD = [0.0, -0.0, 1.0, -1.0, 2.0**-149, 7 * 2.0**-149, 2.0**-133, 2.0**-126, 2.0**-24, 2.0**-14, 65504.0, 1e30]
 HARD += [float(torch.finfo(F32).max), float("inf"), float("-inf"), float("nan")]

@@ -3,6 +3,7 @@
 from itertools import product
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,10 +12,12 @@ from hypothesis import strategies as st
 from automodel_conv.errors import ConversionError, UnsupportedError
 from automodel_conv.kernels import dequantize as module
 from automodel_conv.kernels import jit, launch
+from automodel_conv.kernels.code_tables import bits_of, code_table
 from automodel_conv.kernels.dequantize import dequantize
 from automodel_conv.kernels.dequantize_torch import dequantize_torch
 from automodel_conv.testing import address_valued, assert_bytes_equal, guarded
 from tests.kernels.code_problems import BF16, F32, LAYOUTS, Problem, problems
+from tests.kernels.test_code_tables import NUMBERS, rounded
 from tests.machine_code.variants import launchable
 
 needs_triton = pytest.mark.skipif(not jit.IS_INSTALLED, reason="triton is not installed")
@@ -115,8 +118,6 @@ def misfits():
         "signed codes": {"codes": [codes.view(torch.int8)]},
         "wide table rows": {"table_rows": [table_rows.long()]},
         "a row of blocks missing": {"table_rows": [table_rows[:-1]]},
-        "half a byte in a block": {"block": (2, 3)},
-        "begins within a byte": {"start": (0, 1)},
         "begins beyond the block": {"start": (2, 0)},
         "an empty block": {"block": (0, 4)},
         "a table of bytes": {"table": address_valued((3, 256), BF16)},
@@ -152,3 +153,27 @@ def test_destinations_of_two_kinds_are_refused_by_the_kernel():
     dequantize_torch(out, problem.codes, problem.table_rows, problem.table, **problem.how)
     for actual, wanted in zip(out, problem.expected(), strict=True):
         assert_bytes_equal(actual.contiguous(), wanted)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("stored", [torch.uint8, torch.float8_e4m3fn, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("code_format", NUMBERS)
+def test_kernel_decodes_every_code_under_every_scale_of_a_byte(code_format, stored, dtype):
+    """Check exponents and FP8, zero and NaN among them, and bfloat16 with infinities and subnormal numbers."""
+    bits = bits_of(code_format)
+    codes = torch.arange(256 if bits == 8 else 128, dtype=torch.int32)
+    codes = (codes if bits == 8 else codes % 8 * 2 + (codes % 8 * 2 + 1) * 16).to(torch.uint8).repeat(256, 1)
+    if stored == torch.bfloat16:
+        scales = (torch.arange(256) * 257).to(torch.uint16).view(torch.bfloat16)[:, None]
+    else:
+        scales = torch.arange(256).to(torch.uint8).view(stored)[:, None]
+    wide = scales.view(torch.float8_e8m0fnu).double() if stored == torch.uint8 else scales.double()
+    columns = codes.shape[1] * 8 // bits
+    with np.errstate(invalid="ignore", over="ignore"):
+        wanted = wide.numpy() * np.tile(NUMBERS[code_format], columns // (1 << bits))
+    made = code_table(code_format, scales, dtype)
+    out, check = guarded((256, columns), dtype)
+    dequantize([out], [codes], [made.table_rows], made.table, bits=bits, block=(1, columns))
+    assert_bytes_equal(out, rounded(wanted, dtype))
+    check()

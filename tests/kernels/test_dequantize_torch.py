@@ -73,6 +73,7 @@ def test_part_with_its_start_is_the_part_of_the_whole(problem, data, layout):
         ("e2m1", 4, torch.randint(0, 255, (300, 8), dtype=torch.uint8), (1, 32)),
         ("e2m1", 4, torch.rand(300, 16).to(torch.float8_e4m3fn), (1, 16)),
         ("int4", 4, torch.rand(300, 8).to(BF16), (1, 32)),
+        ("int8", 8, torch.rand(300, 1).to(BF16), (1, 256)),
     ],
 )
 def test_matrices_of_each_format_are_the_products(code_format, bits, scales, block, layout):
@@ -82,6 +83,8 @@ def test_matrices_of_each_format_are_the_products(code_format, bits, scales, blo
         numbers = numbers.view(torch.float8_e4m3fn if code_format == "e4m3" else torch.float8_e5m2).float()
     elif code_format == "int4":
         numbers = numbers.float() - 8
+    elif code_format == "int8":
+        numbers = numbers.view(torch.int8).float()
     else:
         numbers = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])[numbers.long()]
     of_scales = scales.view(torch.float8_e8m0fnu).float() if scales.dtype == torch.uint8 else scales.float()

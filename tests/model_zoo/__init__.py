@@ -12,8 +12,9 @@ import copy
 import dataclasses
 import functools
 import importlib
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,7 +106,7 @@ def equal_names() -> list[tuple[str, str]]:
 
 def zoo_names() -> list[str]:
     """Return all names that `build_model` accepts: converted types, then extras."""
-    return [*model_types_with_converters(), *extra_models()]
+    return list(dict.fromkeys([*model_types_with_converters(), *extra_models()]))
 
 
 def build_model(name: str, *, seed: int = 0, equal: str | None = None) -> PreTrainedModel:
@@ -125,6 +126,20 @@ def build_model(name: str, *, seed: int = 0, equal: str | None = None) -> PreTra
         model = _instantiate(_heads(config_class)[0], small_config(config_class, equal, **changes))
     else:
         model = _build_around(name, equal)
+    fill(model, seed)
+    return model.eval()
+
+
+def build_published(config: Mapping[str, Any], directory: Path, *, seed: int = 0) -> PreTrainedModel:
+    """Build a random bf16 model of a ``config.json``, which is written to ``directory`` and read from there.
+
+    Its class is the published one, or the first one of its model type.
+    """
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config))
+    read = AutoConfig.from_pretrained(directory)
+    published = getattr(transformers, config["architectures"][0], None)
+    model = _instantiate(published or _heads(type(read))[0], read)
     fill(model, seed)
     return model.eval()
 

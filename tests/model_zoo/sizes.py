@@ -10,6 +10,7 @@ from typing import Any
 # 12 experts: the natural and the lexicographic order of expert numbers differ.
 SIZES: dict[str, Any] = {
     "vocab_size": 131,
+    "unpadded_vocab_size": 127,
     "hidden_size": 48,
     "num_hidden_layers": 3,
     "num_layers": 2,
@@ -206,6 +207,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "inkling_text": {
         "mlp_layer_types": ["dense", "sparse", "sparse"],
         "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"],
+    },
+    "inkling2_loop_text": {
+        "num_hidden_layers": 4,
+        "n_layers_per_attn_res_block": 1,
+        "loop_layer_index_start": 1,
+        "loop_layer_index_end": 3,
+        "loop_gate_rank": 6,
     },
     "inkling_vision": {"patch_size": 4, "num_hidden_layers": 4},
     "jamba": {

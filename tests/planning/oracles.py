@@ -53,9 +53,11 @@ def execute(plan: CopyPlan, sources: Mapping[str, Sequence[Any]]) -> dict[str, l
     for target in plan.targets:
         pieces = [piece for copy in target.copies for piece in copy.pieces()]
         elements = written(pieces)
-        assert sorted(elements) == list(range(prod(target.shape))), target.name
+        zeros = [0] * (target.zero_rows * prod(target.shape[1:]))
+        assert sorted(elements) == list(range(prod(target.shape) - len(zeros))), target.name
         names = [plan.sources.names[row] for row in target.sources]
-        results[target.name] = [sources[names[ordinal]][element] for _, (ordinal, element) in sorted(elements.items())]
+        copied = [sources[names[ordinal]][element] for _, (ordinal, element) in sorted(elements.items())]
+        results[target.name] = copied + zeros
     return results
 
 
@@ -77,6 +79,10 @@ def cells(shape: Sequence[int], start: int = 0) -> Cells:
     """Return elements numbered from ``start`` in row-major order."""
     coordinates = itertools.product(*map(range, shape))
     return Cells(tuple(shape), {c: start + i for i, c in enumerate(coordinates)})
+
+
+def zeros(shape: Sequence[int]) -> Cells:
+    return Cells(tuple(shape), dict.fromkeys(itertools.product(*map(range, shape)), 0))
 
 
 def flat(tensor: Cells) -> list[Any]:

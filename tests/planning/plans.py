@@ -37,7 +37,10 @@ def targets_of(sources, groups, operations, outputs, dtype="BF16", rule=-1):
     values = lower(operations, leaves, Context(tuple(leaves), tuple(outputs), ()))
     if not operations:
         values = {outputs[0]: values["p0"]}
-    return [Target(name, dtype, v.shape, rule, tuple(rows), copies_of(v)) for name, v in values.items()]
+    return [
+        Target(name, dtype, v.shape, rule, tuple(rows), copies_of(v), zero_rows=v.zero_rows)
+        for name, v in values.items()
+    ]
 
 
 def plan_of(sources, targets, **more):
@@ -68,6 +71,13 @@ def transposing_plan(sources=None):
         ],
         rules=("gate_up -> w13: alternate, swap",),
     )
+
+
+def padded_plan(rows=2, size=5):
+    """Return a plan of a matrix with rows of zeros at its end."""
+    sources = table(head=(rows, 4))
+    pad = Operation("Inkling2UnpadVocab", (("inverse", True), ("rows", size)))
+    return plan_of(sources, targets_of(sources, [["head"]], [pad], ["padded"]))
 
 
 def random_plan(seed):

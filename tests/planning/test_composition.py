@@ -10,6 +10,7 @@ from automodel_conv.planning.boxes import Box, NotAffine, Piece
 from automodel_conv.planning.copies import Fallback, SourceTable, Target, group_pieces
 from automodel_conv.planning.operations import Operation
 from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.planning.regions import box
 from automodel_conv.planning.regions import whole as whole_of
 from tests.planning.oracles import addressed, execute
 from tests.planning.plans import (
@@ -17,6 +18,7 @@ from tests.planning.plans import (
     SEEDS,
     SWAP,
     experts_plan,
+    padded_plan,
     plan_of,
     random_plan,
     table,
@@ -24,6 +26,8 @@ from tests.planning.plans import (
     targets_of,
     three_plans,
 )
+
+HEAD = Operation("Inkling2UnpadVocab", (("inverse", False), ("rows", 2)))
 
 
 @given(SEEDS)
@@ -195,3 +199,35 @@ def test_part_of_a_merged_tensor_reads_only_its_own_source():
     there = CopyPlan(SourceTable(["a", "b", "c"], ["F32"] * 3, [(4,)] * 3), (merged,))
     back = there.then(there.inverse())
     assert [(target.name, target.sources) for target in back.targets] == [("a", (0,)), ("b", (1,)), ("c", (2,))]
+
+
+def test_rows_of_zeros_are_those_of_both_plans():
+    padded = padded_plan(2, 5)
+    start = addressed(padded.sources)
+    whole = table_of(padded)
+    renamed = plan_of(whole, targets_of(whole, [["padded"]], [], ["renamed"]))
+    assert execute(padded.then(renamed), start) == {"renamed": execute(padded, start)["padded"]}
+    inner = plan_of(table(rows=(3, 4)), targets_of(table(rows=(3, 4)), [["rows"]], [HEAD], ["head"]))
+    start = addressed(inner.sources)
+    assert execute(inner.then(padded), start) == execute(padded, execute(inner, start))
+    assert inner.then(padded).target("padded").zero_rows == 3
+
+
+@pytest.mark.parametrize(
+    ("offsets", "lengths"),
+    [((0, 0), (5, 4)), ((0, 1), (5, 2)), ((1, 0), (3, 4)), ((3, 0), (2, 4)), ((0, 0), (2, 4)), ((2, 1), (0, 3))],
+)
+def test_parts_of_a_target_with_rows_of_zeros(offsets, lengths):
+    plan = padded_plan(2, 5)
+    part = plan.shard({"padded": box((5, 4), offsets, lengths)})
+    start = addressed(plan.sources)
+    (top, left), (rows, columns) = offsets, lengths
+    elements = execute(plan, start)["padded"]
+    expected = [elements[4 * r + c] for r in range(top, top + rows) for c in range(left, left + columns)]
+    assert execute(part, start) == {"padded": expected}
+
+
+def test_inverse_does_not_read_rows_of_zeros():
+    plan = padded_plan(2, 5)
+    start = addressed(plan.sources)
+    assert execute(plan.inverse(), execute(plan, start)) == start

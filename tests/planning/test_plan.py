@@ -8,7 +8,7 @@ import pytest
 from automodel_conv.errors import UnknownTarget
 from automodel_conv.planning.plan import CopyPlan
 from tests.planning.oracles import addressed, execute
-from tests.planning.plans import CHUNK, experts_plan, plan_of, table, targets_of, transposing_plan
+from tests.planning.plans import CHUNK, experts_plan, padded_plan, plan_of, table, targets_of, transposing_plan
 
 SUMMARY = """\
  targets  sources      size  execution      rule
@@ -118,3 +118,13 @@ def test_a_plan_is_short_in_a_terminal():
     assert repr(plan) == str(plan)
     assert re.fullmatch(r"<CopyPlan: \d+ targets from \d+ sources, \d+ bytes; .*>", repr(plan))
     assert str(plan.bytes_written) in repr(plan)
+
+
+def test_rows_of_zeros_are_shown():
+    plan = padded_plan(2, 5)
+    assert plan.execution_of(plan.targets[0]) == "zeros"
+    assert plan.bytes_read == 16
+    assert plan.explain("padded").splitlines()[2:] == [
+        "  head BF16 [2, 4][0 + 8x1] -> [0 + 8x1]",
+        "  rows of zeros -> [8 + 12x1]",
+    ]

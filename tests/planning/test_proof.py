@@ -12,7 +12,7 @@ from automodel_conv.planning.copies import StridedCopy, Target, group_pieces
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.proof import prove
 from tests.planning import oracles
-from tests.planning.plans import SEEDS, random_plan, table, targets_of
+from tests.planning.plans import SEEDS, padded_plan, random_plan, table, targets_of
 
 
 @given(SEEDS)
@@ -138,3 +138,17 @@ def test_row_that_the_plan_does_not_have_is_refused(rows):
 
 def test_element_may_be_read_several_times():
     proved(StridedCopy(Box((4,), (0,), (1,)), (1,), (3,), (0,)))
+
+
+@pytest.mark.parametrize("zero_rows", [0, 2, 4, 5, 6, -1])
+def test_rows_of_zeros_are_exactly_those_that_no_copy_fills(zero_rows):
+    plan = padded_plan(2, 5)
+    with pytest.raises(CoverageError, match="padded"):
+        replace(plan, targets=(plan.targets[0]._replace(zero_rows=zero_rows),)).validate()
+
+
+def test_copy_into_rows_of_zeros_is_caught():
+    plan = padded_plan(2, 5)
+    late = plan.targets[0].copies[0]._replace(target_offsets=(8,))
+    with pytest.raises(CoverageError, match="padded"):
+        replace(plan, targets=(plan.targets[0]._replace(copies=(late,)),)).validate()

@@ -179,7 +179,7 @@ WITH_ZERO_POINTS = compressed(num_bits=4, type="int", strategy="group", group_si
         (
             NVFP4,
             {"a__weight_packed": ("U8", (8, 32)), "a__weight_scale": ("F8_E4M3", (8, 4))},
-            "no scale of the whole tensor: no tensor is named a.weight_global_scale",
+            "no global scale: no tensor is named a.weight_global_scale",
         ),
         (
             NVFP4,
@@ -222,7 +222,7 @@ WITH_ZERO_POINTS = compressed(num_bits=4, type="int", strategy="group", group_si
         (
             compressed("float-quantized", num_bits=8, type="float", strategy="tensor"),
             CODES | {"a__weight_scale": ("F32", (1,)), "a__weight_global_scale": ("F32", (1,))},
-            "a.weight_global_scale: the config has no scale of the whole tensor",
+            "a.weight_global_scale: the config has no global scale",
         ),
         (
             FP8,
@@ -253,7 +253,7 @@ WITH_ZERO_POINTS = compressed(num_bits=4, type="int", strategy="group", group_si
         (
             INT4,
             {"a__weight_packed": ("I32", (64, 13)), "a__weight_scale": ("BF16", (64, 4))},
-            "a.weight_packed holds 104 columns, not whole groups of 32",
+            "a.weight_packed holds 104 columns, not whole groups of 32, and no a.weight_shape tells how many are",
         ),
         (FP8, SCALED | {"b__weight": ("I8", (64, 64))}, "b.weight has no scale: no tensor is named b.weight_scale_inv"),
         (FP8, SCALED | {"b__weight": ("F8_E4M3FNUZ", (8, 8))}, "b.weight is F8_E4M3FNUZ, and nothing describes how"),
@@ -281,13 +281,24 @@ def test_all_problems_are_reported_at_once():
     tensors = {f"a{n}__weight": ("F8_E4M3", (256, 256)) for n in range(7)}
     with pytest.raises(QuantizationError, match="7 problems") as caught:
         quantized_table(table(**tensors), FP8)
-    assert all(f"a{n}.weight has no scale" in str(caught.value) for n in range(7))
+    assert "a0.weight has no scale" in str(caught.value)
+    assert "; likewise a1.weight, a2.weight and 4 more\n" in str(caught.value)
+
+
+def test_thousands_of_equal_problems_do_not_hide_another():
+    tensors = {f"a{n}__weight": ("F8_E4M3", (256, 256)) for n in range(3000)}
+    tensors["z__weight"], tensors["z__weight_scale_inv"] = ("F8_E4M3", (256, 256)), ("F32", (2, 3))
+    with pytest.raises(QuantizationError, match="3001 problems") as caught:
+        quantized_table(table(**tensors), FP8)
+    assert "a2.weight and 2997 more\n" in str(caught.value)
+    assert "z.weight_scale_inv of z.weight [256, 256]: expected [2, 2], found [2, 3]" in str(caught.value)
+    assert len(str(caught.value)) < 1000
 
 
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        ({"quant_method": "gptq"}, "'gptq'"),
+        ({"quant_method": "hqq"}, "'hqq'"),
         ({}, "None"),
         ({"quant_method": ["fp8"]}, "fp8"),
         ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "W4A8_AWQ"),
@@ -296,12 +307,17 @@ def test_all_problems_are_reported_at_once():
         (compressed(num_bits=4, type="int", strategy="group", group_size=32, actorder="group"), "activation order"),
         (compressed(num_bits=4, type="int", strategy="token"), "token"),
         (compressed(num_bits=4, type="int", strategy="group", group_size=32, actorder="dynamic"), "activation order"),
-        (compressed(num_bits=4, type="int", strategy="group", group_size=5), "groups of 5 codes"),
         (
             compressed("float-quantized", num_bits=8, type="float", strategy="channel", symmetric=False),
             "zero points of e4m3",
         ),
-        (compressed("int-quantized", num_bits=8, type="int", strategy="channel"), "int-quantized with 8-bit int"),
+        (compressed("int-quantized", num_bits=4, type="int", strategy="channel"), "int-quantized with 4-bit int"),
+        (compressed("pack-quantized", num_bits=8, type="int", strategy="channel"), "pack-quantized with 8-bit int"),
+        (compressed("mxfp6-pack-quantized", num_bits=6, type="float", strategy="group"), "mxfp6-pack-quantized"),
+        (
+            compressed("int-quantized", num_bits=8, type="int", strategy="channel", symmetric=False),
+            "zero points of int8",
+        ),
         (INT4 | {"transform_config": {"config_groups": {"R1": {"type": "hadamard"}}}}, "transforms"),
         (INT4 | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse-24-bitmask"),
     ],
@@ -334,3 +350,37 @@ def test_schemes_that_are_not_decoded_are_named(config, named):
 def test_malformed_config_is_one_error(config):
     with pytest.raises(QuantizationError, match="malformed"):
         quantized_table(table(**CODES), config)
+
+
+def test_shards_without_scales_share_that_of_the_weight():
+    names = ["ngram_embedding.shard_0.weight", "ngram_embedding.shard_1.weight", "ngram_embedding.weight_scale"]
+    config = {"quant_method": "fp8", "weight_block_size": [2, 2]}
+    for shape in ((), (1,), (1, 1)):
+        table = SourceTable(names, ["F8_E4M3", "F8_E4M3", "BF16"], [(4, 6), (5, 6), shape])
+        decoded = quantized_table(table, config)
+        assert decoded.decodes == {
+            0: Decode("e4m3", (4, 6), (4, 6), 2),
+            1: Decode("e4m3", (5, 6), (5, 6), 2),
+        }
+        assert decoded.hidden == {2}
+        assert decoded.dtypes[:2] == ["BF16", "BF16"]
+
+
+def test_shards_may_have_scales_of_their_own():
+    names = ["ngram_embedding.shard_0.weight", "ngram_embedding.shard_0.weight_scale"]
+    config = {"quant_method": "fp8", "weight_block_size": [1, 6]}
+    decoded = quantized_table(SourceTable(names, ["F8_E4M3", "F32"], [(4, 6), (4, 1)]), config)
+    assert decoded.decodes == {0: Decode("e4m3", (4, 6), (1, 6), 1)}
+    with_both = SourceTable([*names, "ngram_embedding.weight_scale"], ["F8_E4M3", "F32", "F32"], [(4, 6), (4, 1), ()])
+    with pytest.raises(QuantizationError, match=r"ngram_embedding\.weight_scale is a scale without codes"):
+        quantized_table(with_both, config)
+
+
+@pytest.mark.parametrize(
+    "name", ["embedding.shard_0.weight", "x.ngram_embedding.part_0.weight", "ngram_embedding.bias"]
+)
+def test_other_weights_share_no_scale(name):
+    whole = name.split(".shard")[0].split(".part")[0]
+    table = SourceTable([name, f"{whole}.weight_scale"], ["F8_E4M3", "F32"], [(4, 6), ()])
+    with pytest.raises(QuantizationError, match="has no scale"):
+        quantized_table(table, {"quant_method": "fp8", "weight_block_size": [2, 2]})

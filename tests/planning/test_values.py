@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 
 from automodel_conv.planning import values
+from automodel_conv.planning.boxes import NotAffine
 from automodel_conv.planning.lowering import copies_of
 from automodel_conv.planning.values import LoweringError, leaf, leaves
 from tests.planning import oracles
@@ -121,3 +122,30 @@ def test_missing_dimension_of_a_value_is_named(wrong, text):
 def test_tensors_of_other_ranks_are_not_joined():
     with pytest.raises(LoweringError, match="cannot join"):
         values.concatenate([leaf(0, (2, 3)), leaf(1, (2,))], 1)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (0, 3), (2,), (3, 0)])
+def test_appended_rows_are_filled_by_no_piece(shape):
+    value = values.append_zeros(leaf(0, shape), 2)
+    assert value.shape == (shape[0] + 2, *shape[1:])
+    assert value.zero_rows == 2
+    assert value.pieces == leaf(0, shape).pieces
+
+
+def test_appended_rows_stay_the_last():
+    value = values.append_zeros(leaf(0, (2, 3)), 1)
+    for following in (
+        lambda: values.transpose(value, 0, 1),
+        lambda: values.reshape(value, (9,)),
+        lambda: values.narrow(value, 0, 0, 1),
+        lambda: values.concatenate([leaf(1, (1, 3)), value], 0),
+        lambda: values.append_zeros(value, 1),
+    ):
+        with pytest.raises(NotAffine, match="appends zeros"):
+            following()
+
+
+@pytest.mark.parametrize(("shape", "rows"), [((), 1), ((2, 3), -1)])
+def test_rows_that_cannot_be_appended_are_named(shape, rows):
+    with pytest.raises(LoweringError, match=f"cannot append {rows} rows"):
+        values.append_zeros(leaf(0, shape), rows)

@@ -6,7 +6,7 @@ values that they decode to, exact in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -114,7 +114,8 @@ def compressed(stored_format: str, divisor: float | None = None, **weights: Any)
         padded = weight.float().reshape(shape[0] // block[0], block[0], shape[1] // block[1], block[1])
         largest, least = padded.amax((1, 3)), padded.amin((1, 3))
         reach = torch.maximum(largest.abs(), least.abs())
-        top = {("int", 4): 7.5, ("float", 8): 448.0, ("float", 4): 6.0}[weights["type"], weights["num_bits"]]
+        tops = {("int", 4): 7.5, ("int", 8): 127.0, ("float", 8): 448.0, ("float", 4): 6.0}
+        top = tops[weights["type"], weights["num_bits"]]
         zeros = torch.zeros_like(reach, dtype=torch.int8)
         scales = reach / top
         if not weights.get("symmetric", True):
@@ -161,21 +162,115 @@ def values_of(stored: Stored, shape: torch.Size, zeros: Tensor, block: tuple[int
     return unpack_from_int32(packed, 4, shape).double() - spread(zeros, block, shape)
 
 
-def modelopt_nvfp4(weight: Tensor) -> tuple[Stored, Tensor]:
-    """Quantize in modelopt's format, whose global scale multiplies the others. A stack has one for each matrix."""
-    groups = weight.double().unflatten(-1, (-1, 16))
+def modelopt(algorithm: str, make: Callable[[Tensor], tuple[Stored, Tensor]], **config: Any) -> Producer:
+    """Return a format of modelopt, whose scales have the suffix ``_scale`` whatever ``make`` calls them."""
+
+    def renamed(weight: Tensor) -> tuple[Stored, Tensor]:
+        stored, exact = make(weight)
+        return {suffix.replace("_scale_inv", "_scale"): part for suffix, part in stored.items()}, exact
+
+    return Producer({"quant_method": "modelopt", "quant_algo": algorithm, **config}, renamed)
+
+
+def per_channel(weight: Tensor) -> tuple[Stored, Tensor]:
+    """Quantize with one scale for each row, which FP8_PER_CHANNEL_PER_TOKEN stores without a second dimension."""
+    stored, exact = block_wise(weight, (1, weight.shape[1]))
+    return stored | {"_scale_inv": stored["_scale_inv"].flatten()}, exact
+
+
+def square_blocks(weight: Tensor) -> tuple[Stored, Tensor]:
+    """Quantize in FP8_PB_WO's blocks of 128 x 128, whose scales have two more dimensions, of size 1."""
+    stored, exact = block_wise(weight, (128, 128))
+    return stored | {"_scale_inv": stored["_scale_inv"][:, None, :, None]}, exact
+
+
+def int8_per_channel(weight: Tensor) -> tuple[Stored, Tensor]:
+    """Quantize to INT8 with one scale for each row, without a second dimension, as modelopt's W8A16 does."""
+    scales = weight.float().abs().amax(1) / 127
+    codes = (weight.float() / scales[:, None]).round().clamp(-128, 127).to(torch.int8)
+    return {"": codes, "_scale": scales}, codes.double() * scales.double()[:, None]
+
+
+def modelopt_mxfp4(weight: Tensor) -> tuple[Stored, Tensor]:
+    """Quantize as DeepSeek-V4's experts are, with modelopt's names and dtypes."""
+    stored, exact = packed_fp4(weight)
+    return {"": stored[""].view(torch.uint8), "_scale": stored[".scale"].view(torch.uint8)}, exact
+
+
+def weights_only_nvfp4(weight: Tensor) -> tuple[Stored, Tensor]:
+    """Quantize in modelopt's NVFP4 without scales of activations."""
+    stored, exact = modelopt_nvfp4(weight)
+    return {suffix: part for suffix, part in stored.items() if "input" not in suffix}, exact
+
+
+def modelopt_nvfp4(weight: Tensor, size: int = 16) -> tuple[Stored, Tensor]:
+    """Quantize in modelopt's NVFP4, whose global scale multiplies the others. A stack has one for each matrix."""
+    groups = weight.double().unflatten(-1, (-1, size))
     common = (weight.double().abs().amax((-2, -1)) / (6 * 448)).float()
     scales = (groups.abs().amax(-1) / 6 / common.double()[..., None, None]).float().to(torch.float8_e4m3fn)
     factors = scales.double() * common.double()[..., None, None]
-    nearest = (
-        ((groups / factors[..., None])[..., None] - FP4).abs().nan_to_num(0).argmin(-1).to(torch.uint8).flatten(-2)
-    )
+    numbers = (groups / factors[..., None]).nan_to_num(0).flatten(-2)
+    nearest = torch.bucketize(numbers.abs(), (FP4[:7] + FP4[1:8]) / 2).add(8 * (numbers < 0)).to(torch.uint8)
     codes = nearest[..., 0::2] | nearest[..., 1::2] << 4
-    exact = FP4[nearest.long()] * factors.repeat_interleave(16, -1)
-    return {"": codes, "_scale": scales, "_scale_2": common, "_input_scale": torch.ones(())}, exact
+    exact = FP4[nearest.long()] * factors.repeat_interleave(size, -1)
+    return {"": codes, "_scale": scales, "_scale_2": common, ".input_scale": torch.ones(())}, exact
+
+
+def int4_by_input(weight: Tensor, group: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Quantize in groups of input features, the first in its own group, as GPTQ and AWQ do.
+
+    Returns:
+        Codes ``[in, out]``, zero points and scales ``[groups, out]``, and values ``[out, in]``.
+    """
+    columns = weight.double().t()
+    groups = [columns[start : start + group] for start in range(0, len(columns), group)]
+    largest, least = torch.stack([part.amax(0) for part in groups]), torch.stack([(-part).amax(0) for part in groups])
+    scales = ((largest.abs().maximum(least.abs()) / 7) if symmetric else (largest + least) / 15).half()
+    zeros = torch.full(scales.shape, 8) if symmetric else (least / scales).round().clamp(0, 15).int()
+    of_row = torch.arange(len(columns)) // group
+    codes = ((columns / scales[of_row]).round() + zeros[of_row]).clamp(0, 15).int()
+    values = (codes - zeros[of_row]) * scales[of_row].double()
+    return codes, zeros.int(), scales, values.t()
+
+
+def in_words(codes: Tensor, order: Sequence[int] = range(8)) -> Tensor:
+    """Return I32 ``[rows, n / 8]`` of codes ``[rows, n]``: nibble ``k`` is column ``order[k]`` of eight."""
+    words = torch.zeros(len(codes), codes.shape[1] // 8, dtype=torch.int64)
+    for nibble, column in enumerate(order):
+        words |= codes[:, column::8].long() << 4 * nibble
+    return torch.where(words < 2**31, words, words - 2**32).to(torch.int32)
+
+
+def gptq(group_size: int, version: str = "gptq", symmetric: bool = True) -> Producer:
+    """Return GPTQ's format: words along the input features, zero points less one in version 1."""
+    config = {"quant_method": "gptq", "bits": 4, "group_size": group_size, "desc_act": False, "sym": symmetric}
+
+    def make(weight: Tensor) -> tuple[Stored, Tensor]:
+        group = weight.shape[1] if group_size == -1 else group_size
+        codes, zeros, scales, exact = int4_by_input(weight, group, symmetric)
+        packed_zeros = in_words(zeros) - (0x11111111 if version == "gptq" else 0)
+        groups = torch.arange(weight.shape[1], dtype=torch.int32) // group
+        stored = {".qweight": in_words(codes.t()).t(), ".qzeros": packed_zeros, ".scales": scales, ".g_idx": groups}
+        return stored, exact
+
+    return Producer(config | {"checkpoint_format": version}, make)
+
+
+def awq(group_size: int, **more: Any) -> Producer:
+    """Return AutoAWQ's format: words along the output features, in the order of its ``packing_utils.AWQ_ORDER``."""
+    config = {"quant_method": "awq", "bits": 4, "group_size": group_size, "zero_point": True, "version": "gemm"}
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+
+    def make(weight: Tensor) -> tuple[Stored, Tensor]:
+        group = weight.shape[1] if group_size == -1 else group_size
+        codes, zeros, scales, exact = int4_by_input(weight, group, symmetric=False)
+        return {".qweight": in_words(codes, order), ".qzeros": in_words(zeros, order), ".scales": scales}, exact
+
+    return Producer(config | more, make)
 
 
 INT4 = {"num_bits": 4, "type": "int"}
+INT8 = {"num_bits": 8, "type": "int"}
 FLOAT8 = {"num_bits": 8, "type": "float"}
 FLOAT4 = {"num_bits": 4, "type": "float"}
 PRODUCERS: dict[str, Producer] = {
@@ -188,6 +283,8 @@ PRODUCERS: dict[str, Producer] = {
     "int4 g32": compressed("pack-quantized", **INT4, strategy="group", group_size=32),
     "int4 g32 with zero points": compressed("pack-quantized", **INT4, strategy="group", group_size=32, symmetric=False),
     "int4 per channel": compressed("pack-quantized", **INT4, strategy="channel"),
+    "int8 per channel": compressed("int-quantized", **INT8, strategy="channel"),
+    "int8 per tensor": compressed("naive-quantized", **INT8, strategy="tensor"),
     "fp8 per channel": compressed("float-quantized", **FLOAT8, strategy="channel"),
     "fp8 blocks of compressed-tensors": compressed(
         "float-quantized", **FLOAT8, strategy="block", block_structure=[32, 32]
@@ -195,8 +292,22 @@ PRODUCERS: dict[str, Producer] = {
     "mxfp8 of compressed-tensors": compressed(
         "mxfp8-quantized", **FLOAT8, strategy="group", group_size=32, scale_dtype="torch.uint8"
     ),
+    "gptq": gptq(32),
+    "gptq v2": gptq(16, "gptq_v2", symmetric=False),
+    "gptq v1 with zero points": gptq(32, symmetric=False),
+    "gptq per channel": gptq(-1),
+    "awq": awq(32),
+    "awq per channel": awq(-1),
     "nvfp4": compressed("nvfp4-pack-quantized", 700.0, **FLOAT4, strategy="tensor_group", group_size=16),
-    "nvfp4 of modelopt": Producer({"quant_method": "modelopt", "quant_algo": "NVFP4"}, modelopt_nvfp4),
+    "fp8 of modelopt": modelopt("FP8", one_scale),
+    "fp8 per channel of modelopt": modelopt("FP8_PER_CHANNEL_PER_TOKEN", per_channel),
+    "fp8 blocks of modelopt": modelopt("fp8_pb_wo", square_blocks),
+    "fp8 blocks under their other name": modelopt("FP8_BLOCK_SCALES", square_blocks),
+    "mxfp8 of modelopt": modelopt("MXFP8", mxfp8),
+    "nvfp4 of modelopt": modelopt("NVFP4", modelopt_nvfp4, group_size=16),
+    "nvfp4 of modelopt, weights only": modelopt("W4A16_NVFP4", weights_only_nvfp4, group_size=16),
+    "int8 of modelopt": modelopt("W8A16", int8_per_channel),
+    "mxfp4 of modelopt": modelopt("W4A8_MXFP4_FP8", modelopt_mxfp4, group_size=32),
     "mxfp4 of compressed-tensors": compressed(
         "mxfp4-pack-quantized", **FLOAT4, strategy="group", group_size=32, scale_dtype="torch.uint8"
     ),

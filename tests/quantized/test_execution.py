@@ -25,7 +25,7 @@ from tests.whole.test_memory_budget import torch_peak
 
 pytest.importorskip("transformers", reason="needs transformers, as compressed-tensors does")
 __all__ = ["calls", "first_load"]  # fixtures
-SCHEMES = ["fp8 32x16", "mxfp8", "int4 g32 with zero points", "nvfp4", "nvfp4 of modelopt, stacked"]
+SCHEMES = ["fp8 32x16", "mxfp8", "int4 g32 with zero points", "nvfp4", "nvfp4 of modelopt, stacked", "gptq v2", "awq"]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
@@ -40,7 +40,7 @@ def case(directory, scheme):
     table = quantized_table(columns(checkpoint), producer.config)
     expected, targets = amc.load_state_dict(directory, rules=[], dtype=torch.float32), []
     for row in table.decodes:
-        name, value = table.names[row], leaf(0, table.shapes[row])
+        name, value = table.names[row], table.decodes[row].arrangement.view(leaf(0, table.shapes[row]))
         transposed = transpose(value, -2, -1)
         for label, leaves in ((name, value), (name + ".T", transposed)):
             targets.append(Target(label, "F32", leaves.shape, -1, (row,), group_pieces(leaves.pieces)))
@@ -74,7 +74,9 @@ def test_any_scratch_and_threads_decode_the_same_values(tmp_path, scheme, thread
 
 
 @pytest.mark.parametrize("budget", [1 << 18, 1 << 20])
-@pytest.mark.parametrize("scheme", ["fp8 128x128", "mxfp8", "int4 g32 with zero points", "fp8 per channel", "nvfp4"])
+@pytest.mark.parametrize(
+    "scheme", ["fp8 128x128", "mxfp8", "int4 g32 with zero points", "fp8 per channel", "nvfp4", "gptq"]
+)
 def test_torch_allocates_no_more_than_the_budget(tmp_path, scheme, budget):
     write(tmp_path, PRODUCERS[scheme], {"a.weight": weight(1024, 1024)})
     load = lambda: amc.load_state_dict(tmp_path, rules=[], threads=1, memory_budget=budget)  # noqa: E731

@@ -12,10 +12,11 @@ import torch
 
 from automodel_conv.kernels.code_tables import CODE_VALUES, E8M0_VALUES
 from automodel_conv.planning.boxes import Box, Piece
-from automodel_conv.planning.copies import Decode
+from automodel_conv.planning.copies import CODE_BITS, Decode, ZeroPacking
 from automodel_conv.schedule.code_windows import CodeWindow, ScaleGroup
 from automodel_conv.schedule.jobs import Move, Read, ReadAndCopy
 
+PLAIN_ZEROS = ZeroPacking()
 FORMATS = {
     "fp8": dict(code_format="e4m3", scales="F32"),
     "mxfp4": dict(code_format="e2m1", scales="U8", block=(1, 4)),
@@ -24,7 +25,18 @@ FORMATS = {
     "bf16 scales, a global scale for each matrix": dict(
         code_format="e2m1", scales="BF16", has_global="each", block=(2, 4)
     ),
+    "nvfp4, a quotient for each matrix": dict(
+        code_format="e2m1", scales="U8", has_global="each", has_divisor=True, block=(1, 4)
+    ),
+    "bf16 scales, a quotient": dict(code_format="e2m1", scales="BF16", has_global=True, has_divisor=True, block=(1, 2)),
     "int4 with zero points": dict(code_format="int4", scales="BF16", zero_points=True, block=(1, 4)),
+    "gptq": dict(
+        code_format="int4", scales="BF16", zero_points=True, block=(2, 8), packing=ZeroPacking(True, 0x11111111)
+    ),
+    "awq": dict(
+        code_format="int4", scales="BF16", zero_points=True, block=(4, 1), packing=ZeroPacking(True), word=(4, 2)
+    ),
+    "odd blocks": dict(code_format="int4", scales="F32", zero_points=True, block=(2, 3)),
     "int4 in blocks": dict(code_format="int4", scales="F32", zero_points=True, has_global=True, block=(3, 4)),
 }
 # Rows, columns and block: square, single, and cut off by the block.
@@ -65,9 +77,25 @@ class File:
         return len(self.names) - 1
 
 
-def add_source(file, random, name, *, code_format, matrices, rows, columns, block, scales, zero_points, has_global):
+def add_source(
+    file,
+    random,
+    name,
+    *,
+    code_format,
+    matrices,
+    rows,
+    columns,
+    block,
+    scales,
+    zero_points,
+    has_global,
+    packing=PLAIN_ZEROS,
+    word=(),
+    has_divisor=False,
+):
     """Add a quantized source. Return its row, its ``Decode`` and its values in float64, flat."""
-    bits = 8 if code_format == "e4m3" else 4
+    bits = CODE_BITS[code_format]
     codes = random.integers(0, 1 << bits, (matrices, rows, columns))
     if bits == 8:
         codes[codes % 128 == 127] = 3  # no NaN, which never equals itself
@@ -83,21 +111,38 @@ def add_source(file, random, name, *, code_format, matrices, rows, columns, bloc
         if scales == "BF16":
             raw = (values.view(np.uint32) >> 16).astype(np.uint16)
             values = (raw.astype(np.uint32) << 16).view(np.float32)
+    values = values[:, [stored_column(column, word) for column in range(across)]]
     at = file.add(f"{name}.scales", scales, raw)
-    zeros_row = global_row = None
+    zeros_row = global_row = divisor_row = None
     zeros = np.full((down, across), 8)
     if zero_points:
         zeros = random.integers(0, 16, (down, across))
-        padded = np.zeros((-(-down // 8) * 8, across), np.int64)
-        padded[:down] = zeros
-        packed = sum(padded[k::8] << (4 * k) for k in range(8)).astype(np.uint32).view(np.int32)
+        padded = np.zeros((-(-down // 8) * 8, -(-across // 8) * 8), np.int64)
+        padded[:down, :across] = zeros
+        words = sum((padded[:, k::8] if packing.by_columns else padded[k::8]) << (4 * k) for k in range(8))
+        words = words[:down] if packing.by_columns else words[:, :across]
+        packed = ((words - packing.added) % 2**32).astype(np.uint32).view(np.int32)
         zeros_row = file.add(f"{name}.zeros", "I32", packed)
     common = np.ones(matrices, np.float32)
     if has_global:
         stored = random.normal(size=matrices if has_global == "each" else 1).astype(np.float32)
         common[:] = stored
         global_row = file.add(f"{name}.global", "F32", stored)
-    decode = Decode(code_format, (rows, columns), block, at, zeros_row, global_row)
+        if has_divisor:
+            divisor = random.normal(size=stored.shape).astype(np.float32)
+            common[:] = stored / divisor
+            divisor_row = file.add(f"{name}.divisor", "F32", divisor)
+    decode = Decode(
+        code_format,
+        (rows, columns),
+        block,
+        at,
+        zeros_row,
+        global_row,
+        zero_packing=packing,
+        scale_word=word,
+        global_divisor=divisor_row,
+    )
     numbers = np.empty((matrices, rows, columns), np.float64)
     for m, r, c in np.ndindex(numbers.shape):
         cell = m * -(-rows // block[0]) + r // block[0], c // block[1]
@@ -184,17 +229,35 @@ def scale_at(memory: bytearray, start: int, dtype: str, index: int) -> float:
     return float(np.frombuffer(bytes(memory[start + 4 * index : start + 4 * index + 4]), np.float32)[0])
 
 
+def quotient(common: float, divisor: float) -> float:
+    return float(np.float32(common) / np.float32(divisor))
+
+
 def number_at(memory: bytearray, start: int, column: int, code_format: str, zero: int | None) -> float:
     """Return the value of a code, less its zero point, in a row of codes that starts at a byte."""
-    if code_format == "e4m3":
+    if CODE_BITS[code_format] == 8:
         return CODE_VALUES[code_format][memory[start + column]]
     code = memory[start + column // 2] >> 4 * (column % 2) & 15
     return CODE_VALUES[code_format][code] if zero is None else float(code - zero)
 
 
-def zero_at(memory: bytearray, start: int, columns: int, row: int, column: int) -> int:
-    at = start + 4 * (row // 8 * columns + column)
-    return int.from_bytes(memory[at : at + 4], "little") >> 4 * (row % 8) & 15
+def zero_at(memory: bytearray, start: int, columns: int, row: int, column: int, packing: ZeroPacking) -> int:
+    """Return a zero point of a grid with so many columns."""
+    if packing.by_columns:
+        at, nibble = start + 4 * (row * -(-columns // 8) + column // 8), column % 8
+    else:
+        at, nibble = start + 4 * (row // 8 * columns + column), row % 8
+    word = int.from_bytes(memory[at : at + 4], "little") + packing.added
+    return word >> 4 * nibble & 15
+
+
+def stored_column(column: int, word: tuple[int, ...]) -> int:
+    """Return the column of the stored scale of a column of blocks; a word has two axes."""
+    if not word:
+        return column
+    outer, inner = word
+    first, (h, j) = column // (outer * inner) * outer * inner, divmod(column % (outer * inner), outer)
+    return first + j * inner + h
 
 
 def run_job(file: File, job: ReadAndCopy, written: Written) -> None:
@@ -204,6 +267,8 @@ def run_job(file: File, job: ReadAndCopy, written: Written) -> None:
         decode, scales, zeros = rectangle.decode, rectangle.scales, rectangle.zero_points
         assert rectangle.values_bytes % 4 == 0
         common = 1.0 if rectangle.global_bytes is None else scale_at(memory, rectangle.global_bytes, "F32", 0)
+        if rectangle.has_divisor:
+            common = quotient(common, scale_at(memory, rectangle.global_bytes, "F32", 1))
         for row, column in np.ndindex(rectangle.shape):
             block_row = rectangle.block_row + (rectangle.start[0] + row) // decode.block[0]
             block_column = rectangle.block_column + (rectangle.start[1] + column) // decode.block[1]
@@ -211,8 +276,11 @@ def run_job(file: File, job: ReadAndCopy, written: Written) -> None:
             assert 0 <= block_column < scales.shape[1]
             zero = None
             if zeros is not None:
-                zero = zero_at(memory, zeros.start_bytes, zeros.shape[1], rectangle.zero_row + block_row, block_column)
-            scale = scale_at(memory, scales.start_bytes, scales.dtype, block_row * scales.shape[1] + block_column)
+                zero_row, packing = rectangle.zero_row + block_row, decode.zero_packing
+                zero = zero_at(memory, zeros.start_bytes, scales.shape[1], zero_row, block_column, packing)
+                assert zeros.shape[1] == packing.columns(scales.shape[1])
+            index = block_row * scales.shape[1] + stored_column(block_column, decode.scale_word)
+            scale = scale_at(memory, scales.start_bytes, scales.dtype, index)
             start = rectangle.codes_bytes + row * rectangle.codes_stride
             element = rectangle.values_bytes // 4 + row * rectangle.values_stride + column
             use(in_use, 4 * element, 4)
@@ -250,7 +318,7 @@ def run_window(file: File, window: CodeWindow, written: Written) -> None:
                     into,
                     element,
                     number
-                    * scale_at(memory, group.scales_bytes, group.kind.scale_dtype, index)
+                    * scale_at(memory, group.scales_bytes, group.kind.scale_dtype, _stored_index(group, index))
                     * _common_of(memory, group, position.source),
                 )
     for move in window.moves:
@@ -264,12 +332,20 @@ def _zero_of(memory: bytearray, group: ScaleGroup, source: int, index: int) -> i
     packed_rows, first = group.kind.zero_points
     rows, columns = group.kind.grid
     row, column = divmod(index - source * rows * columns, columns)
-    start = group.zero_points_bytes + 4 * source * packed_rows * columns
-    return zero_at(memory, start, columns, first + row, column)
+    start = group.zero_points_bytes + 4 * source * packed_rows * group.kind.zero_packing.columns(columns)
+    return zero_at(memory, start, columns, first + row, column, group.kind.zero_packing)
+
+
+def _stored_index(group: ScaleGroup, index: int) -> int:
+    """Return the index of the stored scale of a block. Words never continue in the next row of blocks."""
+    return stored_column(index, group.kind.scale_word)
 
 
 def _common_of(memory: bytearray, group: ScaleGroup, source: int) -> float:
-    return scale_at(memory, group.globals_bytes, "F32", source) if group.kind.has_global else 1.0
+    common = scale_at(memory, group.globals_bytes, "F32", source) if group.kind.has_global else 1.0
+    if group.kind.has_divisor:
+        return quotient(common, scale_at(memory, group.globals_bytes, "F32", group.sources + source))
+    return common
 
 
 class Case:

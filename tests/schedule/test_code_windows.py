@@ -34,7 +34,7 @@ def carried_out(case, limit):
 def test_every_element_is_decoded_with_its_own_scale(name, view):
     case = Case()
     for _ in range(2):
-        case.add([view], matrices=2, rows=9, columns=12, **FORMATS[name])
+        case.add([view], matrices=2, rows=9, columns=16, **FORMATS[name])
     for limit in (20_000, 1 << 20):
         assert carried_out(case, limit) == case.expected
 

@@ -28,7 +28,7 @@ def carried_out(case, limit):
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_element_is_decoded_with_its_own_scale(name, view):
     case = Case()
-    case.add([view], matrices=2, rows=9, columns=12, **FORMATS[name])
+    case.add([view], matrices=2, rows=9, columns=16, **FORMATS[name])
     for limit in (1200, 1 << 20):
         assert carried_out(case, limit) == case.expected
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -164,6 +165,73 @@ def test_config_that_transformers_fails_on_is_one_error(tmp_path, changes):
     for action in (amc.load_state_dict, amc.compile_plan):
         with pytest.raises(amc.UnsupportedError, match=r"config\.json"):
             action(tmp_path)
+
+
+UNKNOWN = {
+    # A type, the names of its experts, and the advice.
+    "a recipe": ("kimi_k3", "w1 w2 w3", r"pass rules=automodel_conv\.recipes\.kimi_k3\(\);"),
+    "names of experts": (
+        "nobodys",
+        "gate_proj up_proj down_proj",
+        r'pass rules=automodel_conv\.recipes\.grouped_experts\("mlp\.experts", gate="gate_proj", up="up_proj", '
+        r'down="down_proj"\) if these are its experts;',
+    ),
+    "other names": ("nobodys", "a b", r"pass rules=\[\.\.\.\], rules of your own: https://\S*/tasks/recipes/;"),
+}
+
+
+@pytest.mark.parametrize("code", [{}, {"auto_map": {"AutoConfig": "configuration.Own"}}], ids=["", "remote code"])
+@pytest.mark.parametrize(("model_type", "matrices", "advice"), UNKNOWN.values(), ids=UNKNOWN)
+def test_type_that_transformers_lacks_is_named_with_rules_for_it(tmp_path, model_type, matrices, advice, code):
+    names = [f"model.layers.0.mlp.experts.{e}.{matrix}.weight" for e in range(2) for matrix in matrices.split()]
+    save_file({name: torch.ones(2, 2) for name in names}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, **code}))
+    for action in (amc.load_state_dict, amc.compile_plan, lambda path: amc.convert_checkpoint(path, path / "new")):
+        with pytest.raises(amc.UnsupportedError, match=f"has no model type '{model_type}'") as caught:
+            action(tmp_path)
+        assert re.search(advice, str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("architectures", "known_type"),
+    [(["DeepseekV3ForCausalLM"], "deepseek_v3"), (["Nobodys", "MixtralForCausalLM"], "mixtral")],
+)
+def test_type_with_a_class_of_transformers_is_advised_the_rules_of_that_class(tmp_path, architectures, known_type):
+    # Source: config.json of sgl-project/DeepSeek-V4-Flash-FP8, of type deepseek_ref.
+    save_file({"a.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    config = {"model_type": "nobodys", "architectures": architectures}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(amc.UnsupportedError) as caught:
+        amc.compile_plan(tmp_path)
+    call = f'automodel_conv.get_checkpoint_conversion_mapping("{known_type}")'
+    assert f"pass rules={call} if its names are those of {architectures[-1]};" in str(caught.value)
+    assert eval(call, {"automodel_conv": amc})
+
+
+@pytest.mark.parametrize("architectures", [["LlamaForCausalLM"], ["Nobodys"], ["path"], "Text", [3], None], ids=str)
+def test_classes_without_rules_are_passed_over(tmp_path, architectures):
+    save_file({"a.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    config = {"model_type": "nobodys", "architectures": architectures}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(amc.UnsupportedError, match=r"pass rules=\[\.\.\.\], rules of your own"):
+        amc.compile_plan(tmp_path)
+
+
+def test_type_registered_by_a_user_is_not_unknown(tmp_path):
+    class KimiConfig(transformers.PreTrainedConfig):
+        model_type = "kimi_k2"
+
+        def __init__(self, **arguments):
+            raise ValueError("no half experts")
+
+    AutoConfig.register("kimi_k2", KimiConfig)
+    try:
+        save_file({"a.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "kimi_k2"}))
+        with pytest.raises(amc.UnsupportedError, match="no half experts"):
+            amc.compile_plan(tmp_path)
+    finally:
+        del transformers.CONFIG_MAPPING._extra_content["kimi_k2"]
 
 
 @pytest.mark.parametrize("class_part", ["__init__", "_from_config"])

@@ -1,7 +1,7 @@
-"""The compressed-tensors method (llm-compressor, Kimi-K2): INT4, FP8 and FP4, one format per group of weights.
+"""The compressed-tensors method (llm-compressor, Kimi-K2): INT4, INT8, FP8 and FP4, one format per group of weights.
 
-Sources: compressed-tensors 0.20.0, ``compressors/*/base.py``, ``quantization/quant_args.py`` and
-``CompressionFormat``; the files of Kimi-K2.
+Sources: compressed-tensors 0.20.1, ``compressors/*/base.py``, ``quantization/quant_args.py`` and
+``CompressionFormat``; the files of Kimi-K2 and the config of Kimi-K3.
 """
 
 from __future__ import annotations
@@ -24,14 +24,17 @@ from automodel_conv.planning.methods.method import (
     block_of,
 )
 
-# Keys are formats in a config. Values are type, bits, format of the codes (see ``Decode``) and dtypes of the scales.
-_FORMATS = {
-    "pack-quantized": ("int", 4, "int4", FLOAT_SCALES),
-    "float-quantized": ("float", 8, "e4m3", FLOAT_SCALES),
-    "naive-quantized": ("float", 8, "e4m3", FLOAT_SCALES),
-    "mxfp8-quantized": ("float", 8, "e4m3", EXPONENT_SCALES),
-    "nvfp4-pack-quantized": ("float", 4, "e2m1", FP8_SCALES),
-    "mxfp4-pack-quantized": ("float", 4, "e2m1", EXPONENT_SCALES),
+# Keys are the format, type and bits in a config. Values are the format of the codes (see ``Decode``) and the dtypes of
+# the scales.
+_FORMATS: Mapping[tuple[Any, Any, Any], tuple[str, frozenset[str]]] = {
+    ("pack-quantized", "int", 4): ("int4", FLOAT_SCALES),
+    ("int-quantized", "int", 8): ("int8", FLOAT_SCALES),
+    ("float-quantized", "float", 8): ("e4m3", FLOAT_SCALES),
+    ("naive-quantized", "int", 8): ("int8", FLOAT_SCALES),
+    ("naive-quantized", "float", 8): ("e4m3", FLOAT_SCALES),
+    ("mxfp8-quantized", "float", 8): ("e4m3", EXPONENT_SCALES),
+    ("nvfp4-pack-quantized", "float", 4): ("e2m1", FP8_SCALES),
+    ("mxfp4-pack-quantized", "float", 4): ("e2m1", EXPONENT_SCALES),
 }
 
 
@@ -47,12 +50,13 @@ def _schemes(config: Mapping[str, Any]) -> list[Scheme]:
 
 def _scheme(weights: Mapping[str, Any], stored: Any) -> Scheme:
     kind, bits = weights.get("type"), weights.get("num_bits")
-    known = _FORMATS.get(str(stored))
-    if known is None or known[:2] != (kind, bits):
-        raise UnsupportedScheme(f"compressed-tensors' {stored} with {bits}-bit {kind} weights", sorted(_FORMATS))
+    known = _FORMATS.get((stored, kind, bits))
+    if known is None:
+        expected = [f"{stored} with {bits}-bit {kind} weights" for stored, kind, bits in _FORMATS]
+        raise UnsupportedScheme(f"compressed-tensors' {stored} with {bits}-bit {kind} weights", expected)
     if weights.get("actorder") not in (None, False, "static", "weight"):  # "dynamic" is another word for "group"
         raise UnsupportedScheme("compressed-tensors' groups by activation order", "no actorder, or static or weight")
-    _, _, format, scales = known
+    format, scales = known
     zero_points = not weights.get("symmetric", True)
     if zero_points and format != "int4":
         raise UnsupportedScheme(f"zero points of {format} codes", "symmetric weights")
@@ -77,6 +81,7 @@ COMPRESSED_TENSORS = Method(
     schemes=_schemes,
     codes=(
         *FP8_CODES,
+        Packing("", "I8", "int8"),
         Packing("_packed", "I32", "int4", shape_suffix="_shape"),
         Packing("_packed", "U8", "e2m1"),
     ),

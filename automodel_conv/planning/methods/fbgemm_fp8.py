@@ -1,6 +1,6 @@
 """The FBGEMM method: FP8 with one scale per row.
 
-Source: transformers 5.23.0, ``FbgemmFp8Config`` in ``utils/quantization_config.py``.
+Source: transformers 5.24.0, ``FbgemmFp8Config`` in ``utils/quantization_config.py``.
 """
 
 from __future__ import annotations

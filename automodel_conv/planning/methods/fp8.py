@@ -1,12 +1,14 @@
 """The block-wise FP8 method of DeepSeek-V3 and the models that adopted it.
 
-Sources: transformers 5.23.0, ``FineGrainedFP8Config`` in ``utils/quantization_config.py`` and
+Sources: transformers 5.24.0, ``FineGrainedFP8Config`` in ``utils/quantization_config.py`` and
 ``integrations/finegrained_fp8.py``; the files of DeepSeek-V3, Qwen3-FP8, MiniMax-M2 (``_scale_inv``), DeepSeek-V4
-(``.scale``; experts are FP4 in I8) and Mistral (``.qscale_*``).
+(``.scale``; experts are FP4 in I8), Mistral (``.qscale_*``) and Qwen3.8-Flash-Next-FP8. Its n-gram embedding has shards
+(``ngram_embedding.shard_0.weight``) and one scale, ``ngram_embedding.weight_scale`` (vLLM pull request 53896).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,5 +41,6 @@ FP8 = Method(
     schemes=_schemes,
     codes=(*FP8_CODES, Packing("", "I8", "e2m1"), Packing("", "F4", "e2m1")),
     scales=("_scale_inv", "_scale", ".scale", ".qscale_weight"),
+    shared=re.compile(r"(?:^|\.)ngram_embedding(\.shard_\d+)?\.weight$"),
     dropped=(".activation_scale", "_activation_scale", ".input_scale", ".qscale_act"),
 )

@@ -1,6 +1,6 @@
 """The MXFP4 method of gpt-oss, which stores weights of ``[..., columns, rows]`` as ``[..., rows, groups, 16]`` bytes.
 
-Sources: OCP Microscaling Formats 1.0; transformers 5.23.0, ``integrations/mxfp4.py``; the files of gpt-oss.
+Sources: OCP Microscaling Formats 1.0; transformers 5.24.0, ``integrations/mxfp4.py``; the files of gpt-oss.
 """
 
 from __future__ import annotations
