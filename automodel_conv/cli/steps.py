@@ -34,6 +34,7 @@ def step_line(enabled: bool, seconds: float = _SECONDS) -> Iterator[Callable[[st
         yield line.set
     finally:
         timer.cancel()
+        timer.join()
         line.end()
 
 
@@ -44,12 +45,12 @@ class _StepLine:
         self._stream = stream
         self._start, self._end = (_ERASE, "") if stream.isatty() else ("", "\n")
         self._step = ""
-        self._is_shown = self._has_ended = False
+        self._is_shown = False
         self._lock = threading.Lock()
 
     def show(self) -> None:
         with self._lock:
-            self._is_shown = not self._has_ended
+            self._is_shown = True
             self._draw()
 
     def set(self, step: str) -> None:
@@ -58,11 +59,10 @@ class _StepLine:
             self._draw()
 
     def end(self) -> None:
-        with self._lock:
-            if self._is_shown:
-                self._stream.write(self._start)
-                self._stream.flush()
-            self._is_shown, self._has_ended = False, True
+        """Erase the line; the timer has ended."""
+        if self._is_shown:
+            self._stream.write(self._start)
+            self._stream.flush()
 
     def _draw(self) -> None:
         if self._is_shown and self._step:

@@ -7,7 +7,6 @@ import time
 
 import pytest
 
-from automodel_conv.cli import steps
 from automodel_conv.cli.steps import step_line
 
 ERASE = "\r\x1b[2K"
@@ -74,12 +73,3 @@ def test_an_error_erases_the_line(monkeypatch):
     with pytest.raises(KeyError):
         fail()
     assert terminal.getvalue().endswith(f"planning ...{ERASE}")
-
-
-def test_a_line_that_ended_is_not_shown_later(monkeypatch):
-    terminal = terminal_of(monkeypatch)
-    line = steps._StepLine(terminal)
-    line.set("planning")
-    line.end()
-    line.show()
-    assert terminal.getvalue() == ""
