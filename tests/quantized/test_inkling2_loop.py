@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import Shard
 
 import automodel_conv as amc
+from automodel_conv.execution.buffers import allocate
+from automodel_conv.execution.device import load_to_device
+from automodel_conv.execution.host import load_to_host
 from automodel_conv.planning.operations import OPERATIONS
+from automodel_conv.planning.sharding import placed
 from automodel_conv.testing import assert_bytes_equal
+from tests.execution.simulated import SimulatedDevice
 
 try:
     from transformers import Inkling2LoopForCausalLM, Inkling2LoopTextConfig
@@ -21,6 +28,7 @@ needs_model = pytest.mark.skipif(
     Inkling2LoopForCausalLM is None or "Inkling2LoopDequantizeExperts" not in OPERATIONS,
     reason="this transformers does not have the model",
 )
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 DTYPES = [torch.bfloat16, torch.float32, torch.float16]
 FP4 = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 WEIGHT = "model.layers.0.mlp.experts.w13_weight"
@@ -125,6 +133,33 @@ def test_each_expert_has_its_own_quotient(tmp_path, shape):
         assert_bytes_equal(stored[WEIGHT + suffix], part)
 
 
+@pytest.mark.parametrize("placements", [(Shard(0),), (Shard(1),), (Shard(2),)], ids=str)
+@pytest.mark.parametrize("make", [nvfp4, mxfp8], ids=["NVFP4", "MXFP8"])
+def test_each_rank_decodes_its_part(tmp_path, make, placements):
+    write(tmp_path, {WEIGHT + suffix: part for suffix, part in make((3, 4, 64)).items()})
+    whole = amc.load_state_dict(tmp_path, rules=[])[WEIGHT]
+    checkpoint = amc.open_checkpoint(tmp_path)
+    plan = amc.compile_plan(checkpoint, rules=[])
+    parts = []
+    for rank in range(2):
+        mine = plan.shard({WEIGHT: placed(whole.shape, (2,), (rank,), placements)})
+        buffers = allocate(mine.targets)
+        load_to_host(mine, checkpoint, buffers)
+        parts.append(buffers[WEIGHT])
+    assert_bytes_equal(torch.cat(parts, placements[0].dim), whole)
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_device_computes_the_same_quotients(tmp_path, dtype, backend):
+    write(tmp_path, {WEIGHT + suffix: part for suffix, part in nvfp4((5, 4, 64)).items()})
+    checkpoint = amc.open_checkpoint(tmp_path)
+    plan = amc.compile_plan(checkpoint, rules=[], dtype=dtype)
+    buffers = allocate(plan.targets)
+    load_to_device(plan, checkpoint, buffers, SimulatedDevice(), backend=backend)
+    assert_bytes_equal(buffers[WEIGHT], amc.load_state_dict(tmp_path, rules=[], dtype=dtype)[WEIGHT])
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
@@ -226,12 +261,12 @@ def test_loads_are_those_of_from_pretrained(published, dtype):
 def test_the_model_is_saved_and_converted_as_values(published, tmp_path):
     directory, plain = published
     expected = Inkling2LoopForCausalLM.from_pretrained(directory)
-    amc.save_checkpoint(expected, tmp_path / "saved", source=directory)
-    amc.convert_checkpoint(directory, tmp_path / "values", dequantize=True, layout="per_expert")
+    amc.save_checkpoint(expected, tmp_path / "saved", carry=directory)
+    amc.convert_checkpoint(directory, tmp_path / "values", dequantize=True)
     amc.convert_checkpoint(directory, tmp_path / "nemo", dequantize=True, layout="nemo")
     names = load_file(plain / "model.safetensors").keys()
+    assert load_file(tmp_path / "saved" / "model.safetensors").keys() == names
     for result in ("saved", "values"):
-        assert load_file(tmp_path / result / "model.safetensors").keys() == names
         assert_same(Inkling2LoopForCausalLM.from_pretrained(tmp_path / result).state_dict(), expected.state_dict())
     for result in ("saved", "values", "nemo"):
         assert_same(amc.load_state_dict(tmp_path / result), expected.state_dict())
