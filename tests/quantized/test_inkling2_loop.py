@@ -226,7 +226,7 @@ def test_loads_are_those_of_from_pretrained(published, dtype):
 def test_the_model_is_saved_and_converted_as_values(published, tmp_path):
     directory, plain = published
     expected = Inkling2LoopForCausalLM.from_pretrained(directory)
-    amc.save_checkpoint(expected, tmp_path / "saved", source=directory)
+    amc.save_checkpoint(expected, tmp_path / "saved", carry=directory)
     amc.convert_checkpoint(directory, tmp_path / "values", dequantize=True, layout="per_expert")
     amc.convert_checkpoint(directory, tmp_path / "nemo", dequantize=True, layout="nemo")
     names = load_file(plain / "model.safetensors").keys()
