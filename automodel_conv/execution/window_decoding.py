@@ -254,5 +254,5 @@ def _global_scales(group: ScaleGroup, window: Tensor, sources: slice, rows: slic
     stored = _typed(window, group.globals_bytes, count, torch.float32).view(-1, group.sources)[:, sources, None]
     global_scales = stored[0]
     if group.kind.has_divisor:
-        global_scales = rounded_quotients(*stored, _dtype(group.kind.value_dtype))
+        global_scales = rounded_quotients(stored[0], stored[1], _dtype(group.kind.value_dtype))
     return global_scales.expand(-1, rows.stop - rows.start).flatten()
