@@ -24,6 +24,8 @@ _HELP_LINE = re.compile(rf"\n? *help: +{re.escape(_ENTRIES)}\w*")
 # feed, C1, separators and directions of Unicode, halves of surrogate pairs.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _LONGEST_LINE = 2000
+_NUMBER = re.compile(r"\d+")
+_LIKE = 3  # listed items of those that differ only in their numbers
 # An argument, maybe with its value, or the call of another function.
 _IN_BRACES = re.compile(r"\{(\w[^{}]*)\}")
 
@@ -349,12 +351,31 @@ def in_context(context: str, error: ConversionError) -> Message:
 
 
 def listing(items: Iterable[object], limit: int = 20) -> str:
-    """Return the first ``limit`` items, one below the other and indented, and the number of further ones."""
+    """Return at most ``limit`` items, one below the other and indented, and the number of further ones.
+
+    If there are more, only three are listed of items that differ in nothing but their numbers, so that names of
+    thousands of experts do not hide another name.
+    """
     lines = ["    " + str(item).replace("\n", "\n    ") for item in items]
-    shown, more = lines[:limit], len(lines) - limit
-    if more > 0:
+    entries = [(line, 1) for line in lines] if len(lines) <= limit else _by_numbers(lines)
+    shown = [line for line, _ in entries[:limit]]
+    more = sum(count for _, count in entries[limit:])
+    if more:
         shown.append(f"    ... and {more} more")
     return "\n".join(shown)
+
+
+def _by_numbers(lines: Iterable[str]) -> list[tuple[str, int]]:
+    """Return lines to show, each with the number of lines that it stands for, three of those with other numbers."""
+    groups: dict[str, list[str]] = {}
+    for line in lines:
+        groups.setdefault(_NUMBER.sub("0", line), []).append(line)
+    entries = []
+    for group in groups.values():
+        entries += [(line, 1) for line in group[:_LIKE]]
+        if len(group) > _LIKE:
+            entries.append((f"    ... and {len(group) - _LIKE} more like these", len(group) - _LIKE))
+    return entries
 
 
 def kind_of(thing: object) -> str:

@@ -105,6 +105,27 @@ def test_listing_shows_so_many_and_counts_the_rest(items, limit, lines):
     assert listing(iter(items), limit).split("\n") == lines
 
 
+def test_names_that_differ_only_in_numbers_do_not_hide_others():
+    names = [f"layers.{n}.experts.{e}.weight" for n in range(40) for e in range(50)]
+    lines = listing([*names, "head.weight", "layers.0.norm.weight"]).split("\n")
+    assert lines == [
+        *(f"    {name}" for name in names[:3]),
+        "    ... and 1997 more like these",
+        "    head.weight",
+        "    layers.0.norm.weight",
+    ]
+    assert listing(names, 2).split("\n") == [*(f"    {name}" for name in names[:2]), "    ... and 1998 more"]
+    assert listing(names[:20]).split("\n") == [f"    {name}" for name in names[:20]]
+
+
+def test_listing_of_many_kinds_counts_all_that_it_does_not_show():
+    names = [f"{kind * 3}.{n}" for kind in "abcdefghij" for n in range(10)]
+    *shown, last = listing(names).split("\n")
+    assert len(shown) == 20
+    assert shown[3] == "    ... and 7 more like these"
+    assert last == "    ... and 50 more"  # twenty lines tell of five kinds
+
+
 def test_every_error_is_a_value_error_of_one_base_class():
     assert len(CLASSES) > 10
     assert all(issubclass(c, ConversionError) and issubclass(c, ValueError) for c in CLASSES)

@@ -253,10 +253,10 @@ def _read(jobs: Sequence[ReadInPlace], checkpoint: Checkpoint, threads: int, hug
     memory = torch.empty(sum(job.reads.total_bytes for job in jobs), dtype=torch.uint8, device="cpu")
     pages = NewMemory([memory], huge)
     views = [byte_view(memory)]
-    files = OpenFiles(checkpoint, (job.reads for job in jobs))
+    files = OpenFiles(checkpoint, jobs)
 
     def read_job(job: ReadInPlace) -> None:
-        pages.populate_for(job)
+        pages.populate_for(job.reads)
         read(job.reads, checkpoint, files, views)
 
     try:

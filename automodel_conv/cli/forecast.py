@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.execution.fallbacks import fallback_calls
@@ -12,7 +14,7 @@ from automodel_conv.execution.host import DEFAULT_SCRATCH_BYTES, bytes_of_slot
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.sharding import placed
-from automodel_conv.schedule.host import schedule
+from automodel_conv.schedule.calls import calls_of_load
 
 MESH_NAMES = ("replicate", "ep", "fsdp")
 # Ranks that are computed at most. Ranks of larger meshes are sampled evenly, including the first and the last.
@@ -56,13 +58,24 @@ def parse_mesh(text: str) -> dict[str, int]:
     return mesh
 
 
-def forecast(checkpoint: Checkpoint, plan: CopyPlan, mesh: Mapping[str, int]) -> Forecast:
+def forecast(
+    checkpoint: Checkpoint,
+    plan: CopyPlan,
+    mesh: Mapping[str, int],
+    begin_step: Callable[[str], None] = lambda step: None,
+) -> Forecast:
     """Return what each rank of a mesh would hold and read.
 
     Placements are those of common trainers. Routed experts are divided over ``ep`` by expert, and over ``fsdp`` in the
     next dimension (in the first, if there is no ``ep``). All other tensors are divided in the first dimension over
     ``fsdp``, and also over ``ep`` if there is ``fsdp``. Nothing is divided over ``replicate``.
     Sources: nemo_automodel 0.7.0, ``parallelizer._moe_shard_placement``; torchtitan, in which ep is part of fsdp.
+
+    Args:
+        checkpoint: the checkpoint that is loaded.
+        plan: the plan of the whole load.
+        mesh: size of each dimension of the mesh by name, see ``parse_mesh``.
+        begin_step: function that is called with the name of each step before it begins.
 
     Raises:
         UnsupportedError: transformers' own code computes a target that would be divided.
@@ -71,7 +84,11 @@ def forecast(checkpoint: Checkpoint, plan: CopyPlan, mesh: Mapping[str, int]) ->
     world_size = prod(sizes)
     count = min(world_size, _MOST_RANKS)
     coordinates = [_coordinate(n * (world_size - 1) // max(count - 1, 1), sizes) for n in range(count)]
-    return Forecast(tuple(_cost(checkpoint, plan, mesh, coordinate) for coordinate in coordinates), world_size)
+    costs = []
+    for number, coordinate in enumerate(coordinates, 1):
+        begin_step(f"reads of rank {number} of {count}")
+        costs.append(_cost(checkpoint, plan, mesh, coordinate))
+    return Forecast(tuple(costs), world_size)
 
 
 def _coordinate(rank: int, sizes: Sequence[int]) -> tuple[int, ...]:
@@ -93,13 +110,11 @@ def _cost(checkpoint: Checkpoint, plan: CopyPlan, mesh: Mapping[str, int], coord
     targets = [target for target in part.targets if target.fallback is None and prod(target.shape)]
     slot_bytes = bytes_of_slot(_THREADS, DEFAULT_SCRATCH_BYTES)
     copies = [target.copies for target in targets]
-    jobs = schedule(targets, copies, checkpoint, plan.sources.decodes, threads=_THREADS, slot_bytes=slot_bytes)
-    calls = [call for job in jobs for call in job.reads.calls()]
-    reads = [(int(call.file[0]), int(call.stop_bytes[-1] - call.offset_bytes[0])) for call in calls]
+    calls = calls_of_load(targets, copies, checkpoint, plan.sources.decodes, threads=_THREADS, slot_bytes=slot_bytes)
     rows = [row for call in fallback_calls(part) for row in call.rows]  # read as a whole
-    reads += [(checkpoint.file_ids[row], checkpoint.nbytes[row]) for row in rows]
-    files = {file for file, _ in reads}
-    return RankCost(coordinate, part.bytes_written, sum(nbytes for _, nbytes in reads), len(reads), len(files))
+    files = {*np.unique(calls.file).tolist(), *(checkpoint.file_ids[row] for row in rows)}
+    read_bytes = int(calls.nbytes.sum()) + sum(checkpoint.nbytes[row] for row in rows)
+    return RankCost(coordinate, part.bytes_written, read_bytes, len(calls.file) + len(rows), len(files))
 
 
 def _placements(name: str, shape: Sequence[int], mesh: Mapping[str, int]) -> list[Any]:

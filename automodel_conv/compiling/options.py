@@ -21,8 +21,8 @@ class PlanOptions(TypedDict, total=False):
     """Keyword arguments of ``compile_plan``, which the loaders accept too."""
 
     rules: Iterable[Any] | None
-    """Rule objects of transformers that rename and merge tensors, such as those of ``automodel_conv.recipes``. None:
-    the model's own rules. ``[]``: keep the checkpoint's names."""
+    """Rule objects of transformers that rename and merge tensors; ``automodel_conv.recipes`` has some. None: the
+    model's own rules. ``[]``: keep the checkpoint's names."""
 
     layout: str | None
     """Layout of the routed experts in memory: "transformers", "nemo", "gpt_oss" or "vllm". None: the layout of the

@@ -85,9 +85,11 @@ def compile_plan(
 ) -> CopyPlan:
     """Plan the load of a checkpoint from its headers, without reading tensor data.
 
-    There is one exception: for packed INT4 codes with one scale per row, or whose last group is smaller, the few bytes
-    of each ``weight_shape`` are read, because only they state whether rows end in padding. If the files of a repository
-    are not in the cache, the plan has the padding as columns, and a load refuses it.
+    There are two exceptions. For packed INT4 codes with one scale per row, or whose last group is smaller, the few
+    bytes of each ``weight_shape`` are read, because only they state whether rows end in padding. If the files of a
+    repository are not in the cache, the plan has the padding as columns, and a load refuses it. For GPTQ, each
+    ``g_idx`` is read, because only it states whether groups are in order. If the files are not in the cache, the load
+    reads it instead.
 
     Args:
         checkpoint: an opened checkpoint, or a path that ``open_checkpoint`` accepts. No weights of ``org/name`` are

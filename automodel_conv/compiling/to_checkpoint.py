@@ -12,6 +12,7 @@ from automodel_conv.compiling.expert_layouts import check_layout, experts_of, ga
 from automodel_conv.compiling.marks import layout_to_read
 from automodel_conv.compiling.stages import arranging_stages, composed
 from automodel_conv.compiling.to_model import loading_plan
+from automodel_conv.errors import CoverageError, message
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.compiler import compile_targets
 from automodel_conv.planning.composition import table_of
@@ -117,7 +118,12 @@ def _inverse_of_loading(
     problems.unexpected.clear()  # names of the reference that the state dict lacks
     do = ["pass {rules=} too, to split grouped experts of a state dict"] if model is None and not rules else []
     problems.raise_unless_fit("the reference checkpoint and the tensors to revert", do=do)
-    back = forward.inverse()
+    try:
+        back = forward.inverse()
+    except CoverageError as error:
+        text = "the reference has values that these tensors lack, such as padding"
+        do = "leave {reference=} out: the rules restore the published form"
+        raise CoverageError(message(text, found=str(error).partition("\n")[0], do=do)) from error
     rows = {name: row for row, name in enumerate(table.names)}
     renumbered = [rows[name] for name in back.sources.names]
     targets = tuple(

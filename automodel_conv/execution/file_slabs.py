@@ -57,7 +57,7 @@ class FileSlabs:
         """
         slabs, share = self.by_file.get(file, []), self._share
         jobs = jobs_by_slab(slabs, self._checkpoint, self._decodes, share.input_bytes)
-        files = OpenFiles(self._checkpoint, (job.reads for job in chain.from_iterable(jobs.values())))
+        files = OpenFiles(self._checkpoint, chain.from_iterable(jobs.values()))
 
         def start() -> SlabProducer:
             return SourceFileProducer(self._checkpoint, files, jobs, self._dtypes, share.slab_bytes, share.input_bytes)

@@ -116,7 +116,7 @@ def load_to_host(
     def unfinished() -> set[int]:
         return {target for number, job in enumerate(jobs) if number not in done for target in job.targets}
 
-    return run_load(load, sum(job.reads.total_bytes for job in jobs), run, unfinished, progress, stop)
+    return run_load(load, sum(job.total_bytes for job in jobs), run, unfinished, progress, stop)
 
 
 def bytes_of_slot(threads: int, scratch_bytes: int) -> int:
@@ -131,7 +131,7 @@ def _most_threads(jobs: Sequence[Job], threads: int, scratch_bytes: int) -> int:
 
     Scratch limits it. A load that is too short to gain from more threads does not grow.
     """
-    if sum(job.reads.total_bytes for job in jobs) < _ADAPTED_BYTES:
+    if sum(job.total_bytes for job in jobs) < _ADAPTED_BYTES:
         return threads
     thread_bytes = _scratch_of_thread(jobs)
     fitting = scratch_bytes // thread_bytes if thread_bytes else _MOST_WAITING_THREADS
@@ -160,7 +160,7 @@ def _run_jobs(
     advance: Callable[[int], None],
 ) -> LoadStats:
     """Run the jobs in threads; ``done`` collects the numbers of the finished jobs, even if this raises."""
-    files = OpenFiles(checkpoint, (job.reads for job in jobs))
+    files = OpenFiles(checkpoint, jobs)
     views = [byte_view(tensor) for tensor in tensors]
     memory = NewMemory(tensors, huge_pages)
     slot_bytes = _slot_bytes(jobs)
@@ -172,14 +172,17 @@ def _run_jobs(
 
         def run_job(item: tuple[int, Job]) -> None:
             number, job = item
-            memory.populate_for(job)
-            through_scratch = isinstance(job, ReadAndCopy)
-            gaps.append(read(job.reads, checkpoint, files, scratch_view if through_scratch else views))
-            if through_scratch:
+            if isinstance(job, ReadAndCopy):
+                copies = job.copies
+                memory.populate_for(copies)
+                gaps.append(read(job.reads, checkpoint, files, scratch_view))
                 decode_codes(job.rectangles, scratch)
-                _copy(job.copies, scratch, tensors)
+                _copy(copies, scratch, tensors)
+            else:
+                memory.populate_for(job.reads)
+                gaps.append(read(job.reads, checkpoint, files, views))
             done.add(number)
-            advance(job.reads.total_bytes)
+            advance(job.total_bytes)
 
         return _recorded(run_job, policy, lock) if adapts else run_job
 
@@ -206,7 +209,7 @@ def _recorded(
         ready_before, last_ready = last_ready, system.seconds_ready()
         seconds = last - before
         with lock:
-            policy.record(item[1].reads.total_bytes, seconds - (last_ready - ready_before), seconds, last)
+            policy.record(item[1].total_bytes, seconds - (last_ready - ready_before), seconds, last)
 
     return run_and_record
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -20,7 +20,7 @@ from automodel_conv.execution.buffers import span_bytes
 from automodel_conv.execution.page_policy import PagePolicy, PageUse
 from automodel_conv.execution.workers import run_in_threads
 from automodel_conv.planning.boxes import reach
-from automodel_conv.schedule.jobs import Copies, Job, ReadInPlace, Reads
+from automodel_conv.schedule.jobs import Copies, Reads
 
 # The size of a huge page on x86-64, and on arm64 with pages of 4 KiB.
 BLOCK_BYTES = 2 << 20
@@ -120,12 +120,12 @@ class NewMemory:
         self._lock = threading.Lock()
         self._can_populate = True
 
-    def populate_for(self, job: Job) -> None:
-        """Populate the new memory that a job writes to."""
-        if isinstance(job, ReadInPlace):
-            self._populate_reads(job.reads)
+    def populate_for(self, writes: Reads | Iterable[Copies]) -> None:
+        """Populate the new memory that reads in place or copies write to."""
+        if isinstance(writes, Reads):
+            self._populate_reads(writes)
         else:
-            for copies in job.copies:
+            for copies in writes:
                 self._populate_copies(copies)
 
     def _populate_reads(self, reads: Reads) -> None:

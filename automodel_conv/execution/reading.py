@@ -13,7 +13,7 @@ from automodel_conv.errors import ReadError, in_context, message
 from automodel_conv.execution.buffers import byte_view, dtype_of
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.files.source import OpenSource
-from automodel_conv.schedule.jobs import GAP_BYTES, Read, Reads
+from automodel_conv.schedule.jobs import GAP_BYTES, Job, Read, Reads
 
 # Memory for the bytes between wanted bytes. All threads read into it at the same time, and its contents are never used.
 _JUNK = memoryview(bytearray(GAP_BYTES))
@@ -24,19 +24,19 @@ class OpenFiles:
 
     Args:
         checkpoint: the checkpoint with the files.
-        jobs: the reads of each job.
+        jobs: the jobs, or the reads of each job.
 
     Raises:
         ReadError: the checkpoint was opened for its headers only.
     """
 
-    def __init__(self, checkpoint: Checkpoint, jobs: Iterable[Reads]):
+    def __init__(self, checkpoint: Checkpoint, jobs: Iterable[Job | Reads]):
         if checkpoint.is_remote:
             text = "this checkpoint was opened for its headers only, and its data is not on this machine"
             do = "load it by its name org/name, which downloads it, or by its URL"
             raise ReadError(message(text, where=next(iter(checkpoint.files), None), do=do))
         self._sources = checkpoint.sources
-        self._jobs_left = Counter(file for reads in jobs for file in reads.files)
+        self._jobs_left = Counter(file for job in jobs for file in job.files)
         self._open: dict[int, OpenSource] = {}
         self._lock = threading.Lock()
 

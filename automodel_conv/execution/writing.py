@@ -314,9 +314,10 @@ class SourceFileProducer:
                 continue
             read(job.reads, self._checkpoint, self._files, [self._input_view])
             decode_codes(job.rectangles, self._input)
-            for dtype in {copies.dtype for copies in job.copies} - typed.keys():
+            copies_of_job = job.copies
+            for dtype in {copies.dtype for copies in copies_of_job} - typed.keys():
                 typed[dtype] = self._input.view(dtype_of(dtype, "a source"))
-            copy_equal((copies, typed[copies.dtype], self._slab.typed[copies.target]) for copies in job.copies)
+            copy_equal((copies, typed[copies.dtype], self._slab.typed[copies.target]) for copies in copies_of_job)
         return [self._slab_view[: slab.nbytes]]
 
     def try_copy_range(self, slab: Slab, fd: int) -> bool:
@@ -340,7 +341,7 @@ class SourceFileProducer:
         except OSError:
             return False  # it may be either file; reading and writing shows which
         for job in self._jobs[slab.file, slab.offset_bytes]:
-            for file in job.reads.files:
+            for file in job.files:
                 self._files.release(file)
         return True
 

@@ -174,6 +174,8 @@ def _reads_inside(decode: Decode, row: int, shapes: Sequence[tuple[int, ...]]) -
     grid_rows, grid_columns = -(-rows // decode.block[0]), -(-columns // decode.block[1])
     if min(decode.scale_word, default=1) < 1 or grid_columns % prod(decode.scale_word):
         return False
+    if not -(2**31) <= decode.zero_packing.added < 2**31:
+        return False
     matrices = prod(lead)
     zero_rows, zero_columns = decode.zero_packing.rows(0, grid_rows)[1], decode.zero_packing.columns(grid_columns)
     sizes = {matrices * grid_rows * grid_columns}, {zero_rows * zero_columns}, {1, matrices}

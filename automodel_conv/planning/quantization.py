@@ -420,7 +420,7 @@ def _scale_shapes(shape: Sequence[int], block: Block) -> list[tuple[int, ...]]:
         shapes.append([*lead, grid_rows])
     if block == TENSOR:
         shapes.append(lead)
-    elif lead:  # AMD Quark's scales of a stack
+    elif lead:  # the rows of blocks of all matrices, one below the other
         shapes.append([prod(lead) * grid_rows, grid_columns])
     if None not in block:
         shapes.append([*lead, grid_rows, 1, grid_columns, 1])  # FP8_PB_WO of modelopt

@@ -20,14 +20,16 @@ KEEP = (
 )
 """Advice for tensors that cannot be decoded. A model of plain values has no names for scales."""
 
-# These names are under the attention module, its k_proj and v_proj, or the module that holds the cache. AMD Quark names
-# the scales after the output of the projections.
+# These names are under the attention module, its projections, or the module that holds the cache.
 # Sources: vLLM 0.33.0, ``maybe_remap_kv_scale_name`` in ``model_executor/model_loader/weight_utils.py``,
-# ``BaseKVCacheMethod``, and ``QuarkConfig.get_cache_scale_mapper``; amd-quark 0.13, ``torch/export/constants.py``;
-# NVIDIA Model Optimizer 0.47, ``_KV_CACHE_REPLACEMENTS`` in ``torch/export/quant_utils.py``.
+# ``BaseKVCacheMethod``, and ``QuarkConfig.get_cache_scale_mapper``; amd-quark 0.13, ``torch/export/constants.py`` and
+# ``kv_layers_name`` in ``torch/quantization/config/template.py``; NVIDIA Model Optimizer 0.47,
+# ``_KV_CACHE_REPLACEMENTS`` in ``torch/export/quant_utils.py``.
 _KV_CACHE_NAME = re.compile(
     r"(?:^|\.)(?:(?:q|k|v|kv|prob)_scale|[qkv]_zero_point|[kv]_cache\.scale|self_attn\.q\.scale|([kv])_proj\.\1_bias"
-    r"|prob_output_scale|(?:q|k|v|kv|qkv)_proj\.output(?:_scale|_quantizer\.scale))$"
+    r"|prob_output_scale"
+    r"|(?:[qkv]_proj|kv_b_proj|kv_a_proj_with_mqa|qkv_proj|wkv|Wqkv|query_key_value)\.output(?:_scale|_quantizer\.scale)"
+    r")$"
 )
 
 _KV_CACHE_SUFFIXES = ("_scale", "_zero_point", ".scale", "k_bias", "v_bias")  # a cheap test that rules out most names

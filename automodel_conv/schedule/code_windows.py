@@ -23,7 +23,7 @@ from automodel_conv.schedule.code_slabs import (
     ScaleKind,
     cut_into_slabs,
 )
-from automodel_conv.schedule.coded_source import GLOBAL_BYTES, CodedSource
+from automodel_conv.schedule.coded_source import GLOBAL_BYTES, CodedSource, geometry_of
 from automodel_conv.schedule.jobs import ALIGN_BYTES, Move, Read, align_up
 
 # A group of scales loses at most this to the alignment of its parts.
@@ -99,15 +99,12 @@ def code_windows(
     number = first
     window = _Window(number, limit)
     slabs_by_geometry: dict[tuple[object, ...], tuple[CodeSlab, ...]] = {}
-    dtypes, nbytes = checkpoint.dtypes, checkpoint.nbytes
     for row in sorted(moves, key=lambda row: (checkpoint.file_ids[row], checkpoint.offsets[row])):
         decode = decodes[row]
-        global_nbytes = None if decode.global_scale is None else nbytes[decode.global_scale]
-        part_dtypes = [None if part is None else dtypes[part] for part in decode.part_rows]
+        geometry = geometry_of(row, decode, checkpoint)
         for dtype in {move.dtype: None for move in moves[row]}:
             to_dtype = [move for move in moves[row] if move.dtype == dtype]
-            places_read = [(move.box, move.source_offset) for move in to_dtype]
-            key = (dtype, nbytes[row], decode.kind, *part_dtypes, global_nbytes, *places_read)
+            key = (dtype, geometry, *[(move.box, move.source_offset) for move in to_dtype])
             if key not in slabs_by_geometry:
                 source = CodedSource(row, decode, checkpoint, dtype)
                 numbered = [move._replace(target=n, target_offset=0) for n, move in enumerate(to_dtype)]
@@ -185,7 +182,7 @@ class _Window:
                     places = rectangles[rectangle] = []
                 places.append(Position(target, target_offset, codes_start + codes_bytes, scales + scale, sources))
             for move in slab.moves:
-                moves.append(_place_move(move, source_moves[move.target], first_value))
+                moves.append(move.placed(source_moves[move.target], first_value))
             codes_start, values_start = codes_start + slab.codes_bytes, values_start + slab.values_bytes
         return CodeWindow(self._reads, groups, rectangles, moves, values_start)
 
@@ -240,18 +237,3 @@ class _Window:
                 self._reads[-1] = Read(file, last_offset, last_nbytes + nbytes, self._number, last_start)
                 return
         self._reads.append(Read(file, offset_bytes, nbytes, self._number, start_bytes))
-
-
-def _place_move(move: Move, source_move: Move, first_value: int) -> Move:
-    """Return a move of a slab with its real target, and with its source offset counted from the window's start.
-
-    Args:
-        move: the move of the slab.
-        source_move: the move of the source that it is a part of.
-        first_value: element of the window where the values of the slab start.
-    """
-    return move._replace(
-        target=source_move.target,
-        target_offset=source_move.target_offset + move.target_offset,
-        source_offset=move.source_offset + first_value,
-    )

@@ -11,6 +11,16 @@ GLOBAL_BYTES = 4
 """Bytes of a global scale, F32."""
 
 
+def geometry_of(row: int, decode: Decode, checkpoint: Checkpoint) -> tuple[object, ...]:
+    """Return all that a ``CodedSource`` depends on, except its dtype and the places of its parts.
+
+    Sources of equal geometry are cut into the same slabs.
+    """
+    dtypes, nbytes = checkpoint.dtypes, checkpoint.nbytes
+    parts = [None if part is None else (dtypes[part], nbytes[part]) for part in decode.part_rows]
+    return nbytes[row], decode.kind, *parts
+
+
 class CodedSource:
     """A quantized source of a checkpoint, and the dtype that its codes are decoded to.
 

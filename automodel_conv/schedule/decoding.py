@@ -13,7 +13,7 @@ from automodel_conv.dtypes import itemsize
 from automodel_conv.errors import ConversionError, message
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.copies import Decode
-from automodel_conv.schedule.coded_source import GLOBAL_BYTES, CodedSource
+from automodel_conv.schedule.coded_source import GLOBAL_BYTES, CodedSource, geometry_of
 from automodel_conv.schedule.cutting import read_ranges, slabs
 from automodel_conv.schedule.jobs import (
     ALIGN_BYTES,
@@ -21,34 +21,57 @@ from automodel_conv.schedule.jobs import (
     CodeRectangle,
     Grid,
     Move,
-    Read,
+    PlacedSlab,
     ReadAndCopy,
-    Reads,
+    SlabRead,
+    SlabSource,
+    SourceSlab,
     align_up,
-    group_moves,
 )
 
 
 def decode_jobs(
     moves: Mapping[int, Sequence[Move]], checkpoint: Checkpoint, decodes: Mapping[int, Decode], limit: int
 ) -> Iterator[ReadAndCopy]:
-    """Schedule one job for each slab of each quantized source, in the order of the files.
+    """Schedule one job for each slab of each quantized source, in the order of the files; see ``cut_coded``."""
+    for slabs_of_source, source in cut_coded(moves, checkpoint, decodes, limit):
+        for slab in slabs_of_source:
+            yield ReadAndCopy((PlacedSlab(slab, source),))
+
+
+def cut_coded(
+    moves: Mapping[int, Sequence[Move]], checkpoint: Checkpoint, decodes: Mapping[int, Decode], limit: int
+) -> Iterator[tuple[tuple[SourceSlab, ...], SlabSource]]:
+    """Cut each quantized source into slabs, in the order of the files.
+
+    Sources of one geometry share their slabs, so the work for a source hardly depends on its size.
 
     Args:
         moves: the copies out of each quantized source, by source row; their dtype is that of the target.
         decodes: the ``Decode`` of each of these sources, by row.
-        limit: bytes of scratch that a job may use.
+        limit: bytes of scratch that a slab may use.
+
+    Yields:
+        The slabs of a source, and the source with the moves to one dtype.
 
     Raises:
         ConversionError: ``limit`` does not hold two rows of blocks of scales and some elements of a source.
     """
+    slabs_by_geometry: dict[tuple[object, ...], tuple[SourceSlab, ...]] = {}
     file_ids, offsets = checkpoint.file_ids, checkpoint.offsets
     for row in sorted(moves, key=lambda row: (file_ids[row], offsets[row])):
-        for dtype in dict.fromkeys(move.dtype for move in moves[row]):
+        decode = decodes[row]
+        places = tuple([(file_ids[part], offsets[part]) for part in (row, *decode.parts)])
+        geometry = geometry_of(row, decode, checkpoint)
+        for dtype in dict.fromkeys([move.dtype for move in moves[row]]):
             to_dtype = [move for move in moves[row] if move.dtype == dtype]
-            source = CodedSource(row, decodes[row], checkpoint, dtype)
-            for start, stop, parts in slabs(to_dtype, _capacity(source, limit), source.section):
-                yield _job(source, start, stop, parts)
+            key = (dtype, geometry, *[(move.box, move.source_offset) for move in to_dtype])
+            if key not in slabs_by_geometry:
+                source = CodedSource(row, decode, checkpoint, dtype)
+                numbered = [move._replace(target=n, target_offset=0) for n, move in enumerate(to_dtype)]
+                cuts = slabs(numbered, _capacity(source, limit), source.section)
+                slabs_by_geometry[key] = tuple([_slab(source, *cut) for cut in cuts])
+            yield slabs_by_geometry[key], SlabSource(places, to_dtype, decode)
 
 
 def _capacity(source: CodedSource, limit: int) -> int:
@@ -69,12 +92,12 @@ def _capacity(source: CodedSource, limit: int) -> int:
     return capacity - capacity % source.columns if capacity >= source.columns else capacity
 
 
-def _job(source: CodedSource, start: int, stop: int, parts: Sequence[Move]) -> ReadAndCopy:
-    """Return the job that reads elements ``start`` to ``stop``, decodes them, and carries out the moves ``parts``."""
+def _slab(source: CodedSource, start: int, stop: int, parts: Sequence[Move]) -> SourceSlab:
+    """Return the slab that reads elements ``start`` to ``stop``, decodes them, and carries out the moves ``parts``."""
     bits = source.decode.bits
     if bits == 4:  # widen to whole bytes
         start, stop = start - start % 2, stop + stop % 2
-    reads: list[Read] = []
+    reads: list[SlabRead] = []
     for first, last in read_ranges(parts, GAP_BYTES * 8 // bits):
         first, last = first * bits // 8, -(-last * bits // 8)
         reads.append(_read(source, source.row, first, last - first, first - start * bits // 8))
@@ -116,17 +139,16 @@ def _job(source: CodedSource, start: int, stop: int, parts: Sequence[Move]) -> R
     ]
     shift = end // size - start
     moves = [move._replace(source_offset=move.source_offset + shift) for move in parts]
-    return ReadAndCopy(Reads.from_list(sorted(reads)), end + (stop - start) * size, group_moves(moves), rectangles)
+    return SourceSlab(tuple(reads), tuple(moves), end + (stop - start) * size, tuple(rectangles))
 
 
-def _read(source: CodedSource, row: int, offset_bytes: int, nbytes: int, start_bytes: int) -> Read:
-    """Return a read of bytes of a tensor, by their offset in the tensor, to a place in the scratch."""
-    checkpoint = source.checkpoint
-    return Read(checkpoint.file_ids[row], checkpoint.offsets[row] + offset_bytes, nbytes, 0, start_bytes)
+def _read(source: CodedSource, row: int, offset_bytes: int, nbytes: int, start_bytes: int) -> SlabRead:
+    """Return a read of bytes of a part of a source, by their offset in the part, to a place in the scratch."""
+    return SlabRead((source.row, *source.decode.parts).index(row), offset_bytes, nbytes, start_bytes)
 
 
 def _read_grid(
-    source: CodedSource, row: int, first: int, last: int, start_bytes: int, reads: list[Read]
+    source: CodedSource, row: int, first: int, last: int, start_bytes: int, reads: list[SlabRead]
 ) -> tuple[Grid, int]:
     """Append a read of rows ``first`` to ``last`` of a grid to ``start_bytes``; return the grid and where it ends."""
     dtype = source.checkpoint.dtypes[row]

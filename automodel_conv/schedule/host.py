@@ -7,7 +7,9 @@ once. Jobs can run in any order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -23,12 +25,15 @@ from automodel_conv.schedule.jobs import (
     GAP_BYTES,
     Job,
     Move,
+    PlacedSlab,
     Read,
     ReadAndCopy,
     ReadInPlace,
     Reads,
+    SlabRead,
+    SlabSource,
+    SourceSlab,
     align_up,
-    group_moves,
 )
 
 # Threads that read close to each other share what the system reads ahead. Runs of this size are read a fifth faster
@@ -62,15 +67,37 @@ def schedule(
         ConversionError: ``slot_bytes`` is too small for a quantized source.
     """
     in_place, moves = split_copies(targets, copies, checkpoint, decodes)
-    jobs: list[Job] = [
-        ReadInPlace(run) for run in group_reads(in_place, bytes_per_job(in_place.total_bytes, threads, RUN_BYTES))
-    ]
-    through_scratch = sum(checkpoint.nbytes[row] for row in moves)
-    jobs += jobs_through_scratch(
-        moves, checkpoint, decodes, min(slot_bytes, bytes_per_job(through_scratch, threads, _SLAB_BYTES))
-    )
-    jobs.sort(key=lambda job: (job.reads.file[0], job.reads.offset_bytes[0]))
+    limits = limits_of(in_place, moves, checkpoint, threads, slot_bytes)
+    jobs: list[Job] = [ReadInPlace(run) for run in group_reads(in_place, limits.in_place_bytes)]
+    jobs += jobs_through_scratch(moves, checkpoint, decodes, limits.scratch_bytes)
+    jobs.sort(key=lambda job: job.place)
     return jobs
+
+
+class Limits(NamedTuple):
+    """The bytes that one job may have."""
+
+    in_place_bytes: int
+    """Maximum bytes that a job reads in place."""
+    scratch_bytes: int
+    """Maximum bytes of scratch of a job."""
+
+
+def limits_of(in_place: Reads, moves: Iterable[int], checkpoint: Checkpoint, threads: int, slot_bytes: int) -> Limits:
+    """Return the limits of the jobs of a load.
+
+    Args:
+        in_place: all reads straight into targets.
+        moves: the rows of all other sources.
+        checkpoint: the sources.
+        threads: number of threads that will run the jobs.
+        slot_bytes: bytes of scratch that a job may use, a multiple of 64.
+    """
+    through_scratch = sum([checkpoint.nbytes[row] for row in moves])
+    return Limits(
+        bytes_per_job(in_place.total_bytes, threads, RUN_BYTES),
+        min(slot_bytes, bytes_per_job(through_scratch, threads, _SLAB_BYTES)),
+    )
 
 
 def split_copies(
@@ -168,20 +195,27 @@ def _as_move(read: Read, row: int, checkpoint: Checkpoint) -> Move:
 
 def group_reads(reads: Reads, limit: int) -> Iterator[Reads]:
     """Group reads that are in order into runs of neighbours, of at most ``limit`` bytes; cut reads that are larger."""
+    reads, bounds = cut_into_runs(reads, limit)
+    return (reads.take(slice(*run)) for run in pairwise(bounds))
+
+
+def cut_into_runs(reads: Reads, limit: int) -> tuple[Reads, list[int]]:
+    """Return the reads of ``group_reads`` one after another, and the bounds of the runs: 0, ..., number of reads."""
     reads = split_long(reads, limit)
     count = len(reads.file)
     most = IOV_MAX // 2  # each read may need a junk buffer for the gap before it
     gaps = reads.offset_bytes[1:] - reads.stop_bytes[:-1]
     near = (reads.file[1:] == reads.file[:-1]) & (gaps >= 0) & (gaps <= GAP_BYTES)
-    ends = np.append(np.flatnonzero(~near) + 1, count)
-    done = np.cumsum(reads.nbytes)
-    start = 0
-    while start < count:
-        before = int(done[start]) - int(reads.nbytes[start])
-        fitting = max(int(np.searchsorted(done, before + limit, "right")), start + 1)
-        stop = min(fitting, start + most, int(ends[np.searchsorted(ends, start, "right")]))
-        yield reads.take(slice(start, stop))
-        start = stop
+    ends: list[int] = [*(np.flatnonzero(~near) + 1).tolist(), count]
+    done: list[int] = np.cumsum(reads.nbytes).tolist()
+    bounds: list[int] = []
+    start = before = 0
+    for end in ends:
+        while start < end:
+            bounds.append(start)
+            start = min(max(bisect_right(done, before + limit, start), start + 1), start + most, end)
+            before = done[start - 1]
+    return reads, [*bounds, count]
 
 
 def bytes_per_job(total_bytes: int, threads: int, most_bytes: int) -> int:
@@ -225,24 +259,34 @@ def slab_jobs(moves: Mapping[int, Sequence[Move]], checkpoint: Checkpoint, limit
     A job has as many slabs of one file as fit into ``limit`` bytes of scratch. Each slab starts at a multiple of 64
     bytes.
     """
+    slabs_by_geometry: dict[tuple[object, ...], tuple[SourceSlab, ...]] = {}
     file_ids, offsets = checkpoint.file_ids, checkpoint.offsets
-    reads: list[Read] = []
-    job_moves: list[Move] = []
-    used = 0
+    placed: list[PlacedSlab] = []
+    used = last_file = 0
     for row in sorted(moves, key=lambda row: (file_ids[row], offsets[row])):
-        file, base = file_ids[row], offsets[row]
-        size = itemsize(checkpoint.dtypes[row])
-        for start, stop, parts in slabs(moves[row], limit // size):
-            slab_start = align_up(used)
-            slab_stop = slab_start + (stop - start) * size
-            if reads and (slab_stop > limit or file != reads[0].file):
-                yield ReadAndCopy(Reads.from_list(reads), used, group_moves(job_moves))
-                reads, job_moves, slab_start, slab_stop = [], [], 0, (stop - start) * size
-            for first, last in read_ranges(parts, GAP_BYTES // size):
-                start_bytes = slab_start + (first - start) * size
-                reads.append(Read(file, base + first * size, (last - first) * size, 0, start_bytes))
-            shift = slab_start // size - start
-            job_moves += [move._replace(source_offset=move.source_offset + shift) for move in parts]
-            used = slab_stop
-    if reads:
-        yield ReadAndCopy(Reads.from_list(reads), used, group_moves(job_moves))
+        file, dtype, row_moves = file_ids[row], checkpoint.dtypes[row], moves[row]
+        key = (dtype, *[(move.box, move.source_offset) for move in row_moves])
+        if key not in slabs_by_geometry:
+            slabs_by_geometry[key] = tuple(_cut(row_moves, itemsize(dtype), limit))
+        source = SlabSource(((file, offsets[row]),), row_moves)
+        for slab in slabs_by_geometry[key]:
+            start = align_up(used)
+            if placed and (start + slab.nbytes > limit or file != last_file):
+                yield ReadAndCopy(tuple(placed))
+                placed, start = [], 0
+            placed.append(PlacedSlab(slab, source, start))
+            used, last_file = start + slab.nbytes, file
+    if placed:
+        yield ReadAndCopy(tuple(placed))
+
+
+def _cut(moves: Sequence[Move], size: int, limit: int) -> Iterator[SourceSlab]:
+    """Cut a source whose elements have ``size`` bytes into slabs of at most ``limit`` bytes."""
+    numbered = [move._replace(target=n, target_offset=0) for n, move in enumerate(moves)]
+    for start, stop, parts in slabs(numbered, limit // size):
+        reads = [
+            SlabRead(0, first * size, (last - first) * size, (first - start) * size)
+            for first, last in read_ranges(parts, GAP_BYTES // size)
+        ]
+        relative = [move._replace(source_offset=move.source_offset - start) for move in parts]
+        yield SourceSlab(tuple(reads), tuple(relative), (stop - start) * size)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from automodel_conv.dtypes import itemsize
 from automodel_conv.planning.boxes import Box
 from automodel_conv.planning.copies import Decode, StridedCopy
 
@@ -126,6 +127,17 @@ class Move(NamedTuple):
         """The fields that all moves of one ``Copies`` share."""
         return self.target, self.dtype, self.box
 
+    def placed(self, whole: Move, first: int) -> Move:
+        """Return this move of a slab with its real target, and with its source offset counted from the memory's start.
+
+        Args:
+            whole: the move of the source that this one is a part of.
+            first: element of the memory where the slab starts.
+        """
+        return Move(
+            whole.target, self.dtype, self.box, first + self.source_offset, whole.target_offset + self.target_offset
+        )
+
 
 class Copies(NamedTuple):
     """Moves of equal geometry from one memory to one tensor, with their offsets in columns, in elements."""
@@ -210,27 +222,143 @@ class ReadInPlace(NamedTuple):
     """In order of file and offset; the memories are the tensors that are written."""
 
     @property
+    def total_bytes(self) -> int:
+        """Bytes of all reads."""
+        return self.reads.total_bytes
+
+    @property
+    def files(self) -> set[int]:
+        """Numbers of the files that are read."""
+        return self.reads.files
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """File and offset of the first read."""
+        return int(self.reads.file[0]), int(self.reads.offset_bytes[0])
+
+    @property
     def targets(self) -> set[int]:
         """Numbers of the tensors that the job writes."""
         return set(self.reads.memory.tolist())
 
 
-class ReadAndCopy(NamedTuple):
-    """A job that reads bytes into the scratch of a thread, decodes codes there, and copies to the targets."""
+class SlabRead(NamedTuple):
+    """A range of bytes of a part of a source, and the place in the scratch of a slab that it is read to."""
 
-    reads: Reads
-    """In order of file and offset; the scratch is the only memory."""
-    scratch_bytes: int
-    """Bytes of scratch that the job uses."""
-    copies: Sequence[Copies]
-    """Copies from the scratch to the targets, after decoding."""
-    rectangles: Sequence[CodeRectangle] = ()
-    """Codes to decode; empty if no source is quantized."""
+    part: int
+    """Index of the part: 0 for the source itself, then the parts of its ``Decode`` in their order."""
+    offset_bytes: int
+    """Offset of the first byte in the part."""
+    nbytes: int
+    start_bytes: int
+    """Offset in the scratch of the slab of the first byte that is filled."""
+
+
+class SourceSlab(NamedTuple):
+    """A range of the elements of a source, with everything that is read for it and copied from it through scratch.
+
+    Any source of the same geometry can use it. The target of a move is the index of a move of the source, and its
+    target offset is relative to that move. Source offsets of moves, and offsets in the scratch, are relative to the
+    slab.
+    """
+
+    reads: tuple[SlabRead, ...]
+    moves: tuple[Move, ...]
+    nbytes: int
+    """Bytes of scratch."""
+    rectangles: tuple[CodeRectangle, ...] = ()
+    """Codes to decode; empty if the source is not quantized. The rows of their ``Decode`` have no meaning."""
+
+
+class SlabSource(NamedTuple):
+    """A source of which a job reads slabs."""
+
+    places: tuple[tuple[int, int], ...]
+    """File and offset in bytes of each of its parts."""
+    moves: Sequence[Move]
+    """The copies out of it."""
+    decode: Decode | None = None
+    """How its codes are decoded; None if it is not quantized."""
+
+
+class PlacedSlab(NamedTuple):
+    """A slab of one source, and its place in the scratch of a job."""
+
+    slab: SourceSlab
+    source: SlabSource
+    start_bytes: int = 0
+    """Offset of the slab in the scratch."""
+
+
+class ReadAndCopy(NamedTuple):
+    """A job that reads bytes into the scratch of a thread, decodes codes there, and copies to the targets.
+
+    Slabs are shared by all sources of one geometry, so that a job is small and quick to create. Its reads and copies
+    are computed when they are needed, each time that a property is read.
+    """
+
+    slabs: tuple[PlacedSlab, ...]
+    """In the order of their file. A slab with rectangles is the only one."""
+
+    def listed_reads(self) -> list[Read]:
+        """Return the reads in order of file and offset; the scratch is the only memory."""
+        reads = []
+        for slab, source, start in self.slabs:
+            for part, offset_bytes, nbytes, start_bytes in slab.reads:
+                file, base = source.places[part]
+                reads.append(Read(file, base + offset_bytes, nbytes, 0, start + start_bytes))
+        return sorted(reads)
+
+    @property
+    def reads(self) -> Reads:
+        """In order of file and offset; the scratch is the only memory."""
+        return Reads.from_list(self.listed_reads())
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all reads."""
+        return sum([read.nbytes for placed in self.slabs for read in placed.slab.reads])
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes of scratch that the job uses."""
+        return max([placed.start_bytes + placed.slab.nbytes for placed in self.slabs])
+
+    @property
+    def copies(self) -> list[Copies]:
+        """Copies from the scratch to the targets, after decoding."""
+        return group_moves(
+            move.placed(source.moves[move.target], start // itemsize(move.dtype))
+            for slab, source, start in self.slabs
+            for move in slab.moves
+        )
+
+    @property
+    def rectangles(self) -> list[CodeRectangle]:
+        """Codes to decode; empty if no source is quantized."""
+        return [
+            rectangle._replace(decode=placed.source.decode)
+            for placed in self.slabs
+            for rectangle in placed.slab.rectangles
+        ]
+
+    @property
+    def files(self) -> set[int]:
+        """Numbers of the files that are read."""
+        return {placed.source.places[read.part][0] for placed in self.slabs for read in placed.slab.reads}
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """File and offset of the first read."""
+        slab, source, _ = self.slabs[0]
+        return min(
+            [(file, base + read.offset_bytes) for read in slab.reads for file, base in [source.places[read.part]]]
+        )
 
     @property
     def targets(self) -> set[int]:
         """Numbers of the tensors that the job writes."""
-        return {copies.target for copies in self.copies}
+        return {source.moves[move.target].target for slab, source, _ in self.slabs for move in slab.moves}
 
 
 Job = ReadInPlace | ReadAndCopy

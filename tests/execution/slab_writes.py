@@ -63,7 +63,7 @@ def producer_of(kind, case, slab_bytes=SLAB, input_bytes=INPUT, tensors=None, de
     if kind == "files":
         slabs = slab_schedule(targets, [t.copies for t in targets], case.checkpoint, places, most_bytes=slab_bytes)
         jobs = jobs_by_slab(slabs.slabs, case.checkpoint, {}, input_bytes)
-        files = OpenFiles(case.checkpoint, [job.reads for group in jobs.values() for job in group])
+        files = OpenFiles(case.checkpoint, [job for group in jobs.values() for job in group])
 
         def start():
             return SourceFileProducer(case.checkpoint, files, jobs, slabs.dtypes, slab_bytes, input_bytes)

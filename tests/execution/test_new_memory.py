@@ -11,7 +11,7 @@ import torch
 from automodel_conv.execution import page_calls
 from automodel_conv.execution.new_memory import BLOCK_BYTES, NewMemory
 from automodel_conv.planning.boxes import Box, run_of
-from automodel_conv.schedule.jobs import Copies, Read, ReadAndCopy, ReadInPlace, Reads
+from automodel_conv.schedule.jobs import Copies, Read, Reads
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="pages are asked for on Linux")
 
@@ -32,14 +32,8 @@ def share(tensor):
 
 
 def filling(*places):
-    """Return a job that fills ranges: ``(start, length)``, or ``(start, length, tensor)``."""
-    return ReadInPlace(
-        Reads.from_list([Read(0, 0, nbytes, *target or (0,), start) for start, nbytes, *target in places])
-    )
-
-
-def copying(copies):
-    return ReadAndCopy(Reads.from_list([Read(0, 0, 128, 0, 0)]), 128, [copies])
+    """Return reads that fill ranges: ``(start, length)``, or ``(start, length, tensor)``."""
+    return Reads.from_list([Read(0, 0, nbytes, *target or (0,), start) for start, nbytes, *target in places])
 
 
 @pytest.fixture
@@ -78,14 +72,14 @@ def test_given_page_size_is_requested_once(huge_pages, advice):
 def test_span_of_a_move_is_populated():
     buffer = new(32 * MIB)
     column = Copies(0, "U8", Box((8, 16), (16, 1), (2 * MIB, 1)), [0], [8 * MIB])
-    NewMemory([buffer]).populate_for(copying(column))
+    NewMemory([buffer]).populate_for([column])
     assert share(buffer[8 * MIB : 22 * MIB]) == 1
     assert share(buffer[: 6 * MIB]) == 0
 
 
 def test_offsets_of_moves_count_elements():
     buffer = new(32 * MIB).view(torch.float32)
-    NewMemory([buffer]).populate_for(copying(Copies(0, "F32", run_of(16), [0], [4 * MIB])))
+    NewMemory([buffer]).populate_for([Copies(0, "F32", run_of(16), [0], [4 * MIB])])
     assert share(buffer.view(torch.uint8)[16 * MIB : 18 * MIB]) == 1
     assert share(buffer.view(torch.uint8)[: 14 * MIB]) == 0
 

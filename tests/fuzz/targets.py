@@ -191,6 +191,11 @@ def config_seeds() -> list[bytes]:
         {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": eight}},
         {"quant_method": "modelopt", "quant_algo": "FP8", "config_groups": {}},
         {"quant_method": "gptq", "bits": 4},
+        {
+            "quant_method": "quark",
+            "global_quant_config": {"weight": {"dtype": "fp8_e4m3", "qscheme": "per_block", "block_size": [2, 4]}},
+            "layer_quant_config": {"*.d": {"weight": [{"dtype": "fp4", "qscheme": "per_group", "group_size": 32}]}},
+        },
     )
     return [json.dumps({"model_type": "a", "quantization_config": one}).encode() for one in settings]
 

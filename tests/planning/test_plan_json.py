@@ -11,7 +11,7 @@ from automodel_conv.errors import ConversionError, CoverageError, UnsupportedErr
 from automodel_conv.planning.boxes import Box, Piece
 from automodel_conv.planning.copies import Decode, SourceTable, StridedCopy, Target, group_pieces
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.quantization import quantized_table
+from automodel_conv.planning.quantization import arranged_plan, quantized_table
 from tests.planning.oracles import addressed, execute
 from tests.planning.plans import experts_plan, padded_plan, plan_of, table, three_plans
 
@@ -63,7 +63,8 @@ UNFIT = [
 @pytest.mark.parametrize(
     ("field", "value"),
     [("matrix", [8, 5]), ("block", [1, 2]), ("block", [0, 2]), ("scales", 0), ("zero_points", 1), ("global_scale", 1)]
-    + [("arrangement", [list(word), list(rows), list(columns), width]) for word, rows, columns, width in UNFIT],
+    + [("arrangement", [list(word), list(rows), list(columns), width]) for word, rows, columns, width in UNFIT]
+    + [("scale_word", [2]), ("scale_word", [-3]), ("zero_packing", [True, 2**31])],
 )
 def test_edited_parts_of_quantized_sources_do_not_fit(field, value):
     stored = SourceTable(["w", "w_scale"], ["F8_E4M3", "F32"], [(8, 6), (2, 3)])
@@ -74,6 +75,22 @@ def test_edited_parts_of_quantized_sources_do_not_fit(field, value):
     data = json.loads(plan.to_json())
     data["decodes"][0][1][Decode._fields.index(field)] = value
     with pytest.raises(UnsupportedError, match="the parts of w do not fit"):
+        CopyPlan.from_json(json.dumps(data))
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_plans_of_packed_words_come_back(method):
+    shapes = [(8, 16), (2, 2), (2, 128 if method == "awq" else 16)]
+    shapes[1] = (2, shapes[2][1] // 8)
+    stored = SourceTable(["a.qweight", "a.qzeros", "a.scales"], ["I32", "I32", "F16"], shapes)
+    sources = quantized_table(stored, {"quant_method": method, "bits": 4, "group_size": 4 if method == "awq" else 32})
+    plan = arranged_plan(sources)
+    again = CopyPlan.from_json(plan.to_json())
+    assert again == plan
+    assert again.sources.decodes == sources.decodes
+    data = json.loads(plan.to_json())
+    data["sources"][2][1] = [2, 1]
+    with pytest.raises(UnsupportedError, match=r"the parts of a\.weight do not fit"):
         CopyPlan.from_json(json.dumps(data))
 
 

@@ -184,6 +184,13 @@ def square_blocks(weight: Tensor) -> tuple[Stored, Tensor]:
     return stored | {"_scale_inv": stored["_scale_inv"][:, None, :, None]}, exact
 
 
+def int8_per_channel(weight: Tensor) -> tuple[Stored, Tensor]:
+    """Quantize to INT8 with one scale for each row, without a second dimension, as modelopt's W8A16 does."""
+    scales = weight.float().abs().amax(1) / 127
+    codes = (weight.float() / scales[:, None]).round().clamp(-128, 127).to(torch.int8)
+    return {"": codes, "_scale": scales}, codes.double() * scales.double()[:, None]
+
+
 def modelopt_mxfp4(weight: Tensor) -> tuple[Stored, Tensor]:
     """Quantize as DeepSeek-V4's experts are, with modelopt's names and dtypes."""
     stored, exact = packed_fp4(weight)
@@ -299,6 +306,7 @@ PRODUCERS: dict[str, Producer] = {
     "mxfp8 of modelopt": modelopt("MXFP8", mxfp8),
     "nvfp4 of modelopt": modelopt("NVFP4", modelopt_nvfp4, group_size=16),
     "nvfp4 of modelopt, weights only": modelopt("W4A16_NVFP4", weights_only_nvfp4, group_size=16),
+    "int8 of modelopt": modelopt("W8A16", int8_per_channel),
     "mxfp4 of modelopt": modelopt("W4A8_MXFP4_FP8", modelopt_mxfp4, group_size=32),
     "mxfp4 of compressed-tensors": compressed(
         "mxfp4-pack-quantized", **FLOAT4, strategy="group", group_size=32, scale_dtype="torch.uint8"

@@ -27,14 +27,16 @@ from tests.kernels.test_code_tables import rounded
 from tests.model_zoo import write_checkpoint
 from tests.quantized.producers import (
     PRODUCERS,
+    Producer,
     block_wise,
+    int8_per_channel,
     modelopt_nvfp4,
     packed_fp4,
     square_blocks,
     weights_only_nvfp4,
 )
 from tests.quantized.test_converting import config_of
-from tests.quantized.test_models import small_mixtral
+from tests.quantized.test_models import quantized, small_mixtral
 from tests.quantized.test_schemes import weight
 
 
@@ -64,6 +66,7 @@ MAKE = {
     "NVFP4 g32": with_wider_scales,
     "W4A16_NVFP4": weights_only_nvfp4,
     "W4A8_MXFP4_FP8": PRODUCERS["mxfp4 of modelopt"].make,
+    "W8A16": int8_per_channel,
     "dense of DeepSeek-V4": exponents,
     "experts of DeepSeek-V4": packed_fp4,
 }
@@ -225,7 +228,7 @@ def edited(directory, change):
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-def refused(directory, error=amc.QuantizationError):
+def refused(directory, error: type[amc.ConversionError] = amc.QuantizationError):
     """Return the error of both doors, which is the same and short."""
     texts = []
     for door in (amc.load_state_dict, amc.compile_plan):
@@ -312,8 +315,7 @@ def test_part_that_does_not_fit_is_named(tmp_path, kind, change, problem):
         ("W4A8_AWQ", "multiplies inputs by a pre_quant_scale"),
         ("w4a16_awq", "multiplies inputs by a pre_quant_scale"),
         ("NVFP4_SVD", "adds a low-rank residual"),
-        ("W8A8_SQ_PER_CHANNEL", "stores INT8"),
-        ("W8A16", "stores INT8"),
+        ("W8A8_SQ_PER_CHANNEL", "multiplies inputs by a pre_quant_scale"),
         ("Q4_K", ""),
     ],
 )
@@ -461,3 +463,29 @@ def test_packed_codes_are_not_laid_out_anew(mixed_mixtral, tmp_path):
     codes, _ = mixed_mixtral
     with pytest.raises(amc.UnsupportedError, match="codes of the format e2m1 cannot be rearranged"):
         amc.convert_checkpoint(codes, tmp_path / "made", layout="nemo")
+
+
+def four_dimensional(size):
+    """Return FP8 in blocks of ``size`` x ``size``, with a description for each module."""
+
+    def make(weight):
+        stored, exact = block_wise(weight, (size, size))
+        return {"": stored[""], "_scale": stored["_scale_inv"][:, None, :, None]}, exact
+
+    return Producer({"quant_method": "modelopt", "quant_algo": "FP8_PB_WO", "group_size": size}, make)
+
+
+@pytest.mark.parametrize("layout", ["transformers", "vllm", "per_expert"])
+def test_scales_of_four_dimensions_are_kept_and_come_back(tmp_path, layout):
+    quantized("mixtral", tmp_path / "source", four_dimensional(16), small_mixtral())
+    amc.convert_checkpoint(tmp_path / "source", tmp_path / "made", layout=layout)
+    assert_same(dict(amc.load_state_dict(tmp_path / "made")), dict(amc.load_state_dict(tmp_path / "source")))
+    assert config_of(tmp_path / "made")["quantization_config"] == four_dimensional(16).config
+    amc.convert_checkpoint(tmp_path / "made", tmp_path / "back", layout="per_expert")
+    assert_same(tensors_of(tmp_path / "back"), tensors_of(tmp_path / "source"))
+
+
+def test_scales_of_four_dimensions_are_not_transposed(tmp_path):
+    quantized("mixtral", tmp_path / "source", four_dimensional(16), small_mixtral())
+    with pytest.raises(amc.UnsupportedError, match="its scales cannot be combined"):
+        amc.convert_checkpoint(tmp_path / "source", tmp_path / "made", layout="nemo")

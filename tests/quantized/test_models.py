@@ -294,11 +294,11 @@ def test_too_little_scratch_is_refused_before_anything_is_read(tmp_path):
         amc.load_state_dict(tmp_path, threads=1, scratch_bytes=4096)
 
 
-def small_mixtral():
+def small_mixtral(intermediate=96):
     config = MixtralConfig(
         num_hidden_layers=2,
         hidden_size=64,
-        intermediate_size=96,
+        intermediate_size=intermediate,
         num_local_experts=4,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -311,18 +311,19 @@ def small_mixtral():
 
 @pytest.mark.skipif(not hasattr(HfQuantizer, "serialized_names"), reason="this transformers does not decode them")
 @pytest.mark.parametrize(
-    ("producer", "by_plan"),
+    ("producer", "intermediate", "by_plan"),
     [
-        (compressed("pack-quantized", **INT4, strategy="group", group_size=16), True),
-        (compressed("float-quantized", **FLOAT8, strategy="channel"), True),
-        (compressed("nvfp4-pack-quantized", 700.0, **FLOAT4, strategy="tensor_group", group_size=16), False),
+        (compressed("pack-quantized", **INT4, strategy="group", group_size=16), 96, True),
+        (compressed("pack-quantized", **INT4, strategy="channel"), 100, True),
+        (compressed("float-quantized", **FLOAT8, strategy="channel"), 96, True),
+        (compressed("nvfp4-pack-quantized", 700.0, **FLOAT4, strategy="tensor_group", group_size=16), 96, False),
     ],
-    ids=["int4", "fp8", "nvfp4, which transformers rounds in bfloat16 on the way"],
+    ids=["int4", "int4, padded", "fp8", "nvfp4, which transformers rounds in bfloat16 on the way"],
 )
-def test_under_the_hook_compressed_tensors_load_as_without(tmp_path, producer, by_plan):
+def test_under_the_hook_compressed_tensors_load_as_without(tmp_path, producer, intermediate, by_plan):
     settings = {"quantization_status": "compressed", "ignore": ["lm_head"]}
     producer = producer._replace(config=dict(producer.config) | settings)
-    quantized("mixtral", tmp_path, producer, small_mixtral())
+    quantized("mixtral", tmp_path, producer, small_mixtral(intermediate))
     options = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
     stock = MixtralForCausalLM.from_pretrained(tmp_path, **options)
     with amc.accelerate_transformers() as acceleration:

@@ -277,6 +277,16 @@ def test_parts_that_do_not_fit_are_one_error(tmp_path, name, change, text):
         assert len(str(caught.value)) < 1000
 
 
+def test_under_the_hook_codes_without_a_config_are_not_loaded_as_values(tmp_path):
+    quantized("", tmp_path, QUARK["mxfp4"], model())
+    settings = json.loads((tmp_path / "config.json").read_text())
+    del settings["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with amc.accelerate_transformers(), pytest.raises(amc.QuantizationError, match="its scale is") as caught:
+        type(model()).from_pretrained(tmp_path)
+    assert "k_proj.weight_scale (U8): transformers would cast it" in str(caught.value)
+
+
 def test_config_of_another_scheme_is_one_error(tmp_path):
     quantized("", tmp_path, QUARK["mxfp4"], model())
     settings = json.loads((tmp_path / "config.json").read_text())

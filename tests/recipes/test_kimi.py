@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,18 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 import automodel_conv as amc
 from automodel_conv.recipes import kimi_k2, kimi_k3
 from tests.quantized.producers import PRODUCERS
-from tests.recipes.support import CHECKS, DENSE, FLOAT32, PLAIN, Family, Others, assert_same, write
+from tests.recipes.support import (
+    CHECKS,
+    DENSE,
+    EXPERTS,
+    FLOAT32,
+    PLAIN,
+    Family,
+    Others,
+    assert_same,
+    tensors_of,
+    write,
+)
 
 UNQUANTIZED = ["re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|gate_up|down)_proj.*"]
 
@@ -85,21 +97,20 @@ def k2(scheme: str = "", *, dense: bool = False, sizes: tuple[int, int] = (128, 
     )
 
 
-def k3(sizes: tuple[int, int] = (96, 160), experts: int = 3) -> Family:
-    """Return Kimi-K3: MXFP4 experts that are narrower than the model.
+def k3(scheme: str = "mxfp4 of compressed-tensors", dense: str = "") -> Family:
+    """Return Kimi-K3: experts that are narrower than the model, and dense matrices in a format of modelopt or in none.
 
     Sources: config.json of moonshotai/Kimi-K3; https://github.com/lablup/mlxcel/issues/1334 for names and dtypes.
     """
+    sizes, experts = (96, 160), 3
     latent, hidden = sizes[1], 192
-    producer = PRODUCERS["mxfp4 of compressed-tensors"]
-    ignored = [*UNQUANTIZED, "re:.*lm_head.*", "re:.*vision_tower.*", "re:.*mm_projector.*"]
-    quantized = {**producer.config, "ignore": ignored}
-    config = {
+    producer = PRODUCERS[scheme]
+    config: dict[str, Any] = {
         "architectures": ["KimiK3ForConditionalGeneration"],
         "auto_map": {"AutoConfig": "configuration_kimi_k3.KimiK3Config"},
         "dtype": "bfloat16",
         "model_type": "kimi_k3",
-        "text_config": {"model_type": "kimi_linear", "dtype": "bfloat16", "quantization_config": quantized},
+        "text_config": {"model_type": "kimi_linear", "dtype": "bfloat16"},
     }
     layer = "language_model.model.layers.1"
     moe = f"{layer}.block_sparse_moe"
@@ -122,7 +133,23 @@ def k3(sizes: tuple[int, int] = (96, 160), experts: int = 3) -> Family:
         "vision_tower.encoder.blocks.0.wqkv.weight": ((96, 32), PLAIN),
         "mm_projector.proj.0.weight": ((hidden, 32), PLAIN),
     }
-    return Family(kimi_k3, config, {f"{moe}.experts": experts}, ("w1", "w3", "w2"), sizes, others, producer)
+    modules, matrices = {f"{moe}.experts": experts}, ("w1", "w3", "w2")
+    if not dense:
+        ignored = [*UNQUANTIZED, "re:.*lm_head.*", "re:.*vision_tower.*", "re:.*mm_projector.*"]
+        config["text_config"]["quantization_config"] = {**producer.config, "ignore": ignored}
+        return Family(kimi_k3, config, modules, matrices, sizes, others, producer)
+    family = Family(kimi_k3, config, modules, matrices, sizes, others, producer, PRODUCERS[dense])
+    algorithms = {EXPERTS: producer.config["quant_algo"], DENSE: PRODUCERS[dense].config["quant_algo"]}
+    config["quantization_config"] = {
+        "quant_method": "modelopt",
+        "quant_algo": "MIXED_PRECISION",
+        "quantized_layers": {
+            name.removesuffix(".weight"): {"quant_algo": algorithms[kind]}
+            for name, (_, kind) in tensors_of(family).items()
+            if kind in algorithms
+        },
+    }
+    return family
 
 
 FAMILIES = {
@@ -130,12 +157,20 @@ FAMILIES = {
     "K2 in bfloat16, one row": k2(sizes=(1, 3)),
     "K2-Instruct, FP8": k2("fp8 128x128", dense=True),
     "K2-Thinking, INT4": k2("int4 g32"),
+    "K2-Thinking-NVFP4": k2("nvfp4 of modelopt"),
     "K3, MXFP4": k3(),
+    "K3-NVFP4, other matrices MXFP8": k3("nvfp4 of modelopt", "mxfp8 of modelopt"),
 }
 
 
 def test_k2_fills_a_model_of_deepseek_v3_without_a_recipe(tmp_path):
-    sizes = {"q_lora_rank": 16, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+    sizes: dict[str, Any] = {
+        "q_lora_rank": 16,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+    }
     config = DeepseekV3Config(
         **sizes,
         hidden_size=24,

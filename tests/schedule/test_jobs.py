@@ -9,10 +9,14 @@ from automodel_conv.schedule.jobs import (
     GAP_BYTES,
     Copies,
     Move,
+    PlacedSlab,
     Read,
     ReadAndCopy,
     ReadInPlace,
     Reads,
+    SlabRead,
+    SlabSource,
+    SourceSlab,
     align_down,
     align_up,
     concatenate,
@@ -97,5 +101,30 @@ def test_copies_out_of_one_memory_have_one_source():
 
 def test_jobs_name_the_tensors_that_they_write():
     assert ReadInPlace(reads_of((0, 0, 4, 7, 0), (0, 4, 4, 2, 0))).targets == {2, 7}
-    copies = [Copies(5, "F32", run_of(2), [0], [0]), Copies(5, "F32", run_of(1), [2], [2])]
-    assert ReadAndCopy(reads_of((0, 0, 12, 0, 0)), 12, copies).targets == {5}
+    moves = [Move(5, "F32", run_of(2), 0, 0), Move(3, "F32", run_of(1), 2, 2)]
+    first, second = (SourceSlab((), (Move(n, "F32", run_of(1), 0, 0),), 12) for n in (0, 1))
+    source = SlabSource(((0, 0),), moves)
+    assert ReadAndCopy((PlacedSlab(first, source),)).targets == {5}
+    assert ReadAndCopy((PlacedSlab(first, source), PlacedSlab(second, source))).targets == {3, 5}
+
+
+def test_slabs_of_equal_sources_are_placed_at_each_source():
+    """Check two sources that share a slab, in one job: the reads of both, and the copies to the target of each."""
+    box = Box((2, 2), (3, 1), (1, 2))
+    part = Move(0, "BF16", box, 4, 10)
+    slab = SourceSlab((SlabRead(0, 6, 20, 0), SlabRead(1, 8, 4, 64)), (part,), 80)
+    sources = [
+        SlabSource(((2, 1000), (1, 500)), [Move(7, "BF16", run_of(100), 0, 100)]),
+        SlabSource(((2, 3000), (3, 700)), [Move(9, "BF16", run_of(100), 0, 300)]),
+    ]
+    job = ReadAndCopy((PlacedSlab(slab, sources[0]), PlacedSlab(slab, sources[1], 128)))
+    assert listed(job.reads) == [(1, 508, 4, 0, 64), (2, 1006, 20, 0, 0), (2, 3006, 20, 0, 128), (3, 708, 4, 0, 192)]
+    assert job.copies == [Copies(7, "BF16", box, [4], [110]), Copies(9, "BF16", box, [68], [310])]
+    assert (job.total_bytes, job.scratch_bytes, job.files, job.place) == (48, 208, {1, 2, 3}, (1, 508))
+    assert job.total_bytes == job.reads.total_bytes
+    assert job.rectangles == []
+
+
+def test_jobs_in_place_start_at_their_first_read():
+    job = ReadInPlace(reads_of((3, 8, 4, 7, 0), (3, 12, 4, 2, 0)))
+    assert (job.total_bytes, job.files, job.place) == (8, {3}, (3, 8))

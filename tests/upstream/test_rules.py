@@ -1,16 +1,19 @@
 """Tests of stock rules, and of rule objects that are queried and run exactly as in transformers."""
 
 import functools
+import re
 from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.planning import oracles
 
 pytest.importorskip("transformers", reason="rules are objects of transformers")
 
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers import core_model_loading as core
 from transformers.core_model_loading import (
     Chunk,
@@ -21,8 +24,11 @@ from transformers.core_model_loading import (
     WeightRenaming,
 )
 
+import automodel_conv as amc
 from automodel_conv.planning.operations import NotLowerable, Operation
 from automodel_conv.upstream.rules import RuleSet, natural_key
+from tests.comparing import assert_same_in_order, contents
+from tests.model_zoo import fill, small_config
 
 
 class Config(SimpleNamespace):
@@ -240,3 +246,33 @@ def test_convert_of_transformers_can_run_again_and_changes_no_rule():
         both = [torch.stack([tensors[a], tensors[b]]) for a, b in ((0, 1), (2, 3))]
         assert torch.equal(converted["m.experts.gate_up_proj"], torch.cat(both, 1) * 2)
     assert rule.collected_tensors == before == {}
+
+
+def in_pairs_of_layers(name):
+    """Return the published name of a tensor of Dory, which stores attention and MLP as layers of their own."""
+    layer = re.match(r"model\.layers\.(\d+)\.(self_attn|mlp|lambda_1|lambda_2)(.*)", name)
+    if layer is None:
+        return name.replace("model.embed_tokens.", "backbone.embeddings.").replace("model.", "backbone.")
+    block = 2 * int(layer[1]) + (layer[2] in ("mlp", "lambda_2"))
+    part = {"lambda_1": "attn_alpha", "lambda_2": "mlp_alpha"}.get(layer[2], "mixer")
+    rest = layer[3].replace(".gate_proj.", ".g_proj.") if layer[2] == "self_attn" else layer[3]
+    return f"backbone.layers.{block}.{part}{rest}"
+
+
+@pytest.mark.skipif("dory" not in CONFIG_MAPPING, reason="this transformers has no dory")
+def test_layers_that_are_stored_in_pairs_load_and_are_saved_as_by_transformers(tmp_path):
+    config = small_config(CONFIG_MAPPING["dory"], num_hidden_layers=24, n_input_layers=4, n_output_layers=4)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    fill(model)
+    (tmp_path / "published").mkdir()
+    tensors = {in_pairs_of_layers(name): tensor for name, tensor in model.state_dict().items()}
+    assert {"backbone.layers.22.mixer.q_proj.weight", "backbone.layers.23.mlp_alpha"} <= tensors.keys()
+    save_file(tensors, tmp_path / "published" / "model.safetensors", metadata={"format": "pt"})
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(tmp_path / "published")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "published")
+    assert_same_in_order(stock.state_dict(), model.state_dict())
+    assert_same_in_order(amc.load_state_dict(tmp_path / "published"), model.state_dict())
+    stock.save_pretrained(tmp_path / "upstream")
+    amc.save_checkpoint(stock, tmp_path / "ours")
+    assert contents(tmp_path / "ours") == contents(tmp_path / "upstream")

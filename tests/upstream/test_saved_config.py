@@ -1,6 +1,7 @@
 """Tests of configs next to the weights, against those that ``save_pretrained`` writes."""
 
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from torch import nn
 
 pytest.importorskip("transformers", reason="the configs are those of transformers")
 
+from transformers import AutoConfig
+
 from automodel_conv.upstream.saved_config import write_config
-from tests.model_zoo import build_model
+from tests.model_zoo import EXCLUDED, build_model, zoo_names
 
 
 @pytest.fixture
@@ -58,3 +61,18 @@ def test_quantization_is_described_only_if_the_model_has_codes(tmp_path, mixtral
     write_config(mixtral, None, str(tmp_path))
     assert ("quantization_config" in config_in(tmp_path)) is codes
     assert mixtral.config.quantization_config == {"quant_method": "fp8"}
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", [name for name in zoo_names() if name not in EXCLUDED])
+def test_configs_of_every_type_are_those_of_save_pretrained(tmp_path, name):
+    with torch.device("meta"), mock.patch("tests.model_zoo.fill"):
+        model = build_model(name)
+    for number in range(2):  # the second time with the config that the first wrote
+        upstream, ours = tmp_path / f"upstream {number}", tmp_path / f"ours {number}"
+        model.save_pretrained(upstream, state_dict={})
+        ours.mkdir()
+        write_config(model, None, str(ours))
+        written = {path.name: path.read_text() for path in ours.iterdir()}
+        assert written == {path.name: path.read_text() for path in upstream.glob("*.json")}
+        model.config = AutoConfig.from_pretrained(ours)

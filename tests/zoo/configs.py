@@ -203,3 +203,24 @@ def gpt_oss() -> Config:
     config |= {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "attention_bias": True}
     config |= {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "num_experts_per_tok": 2}
     return {key: value for key, value in config.items() if key != "torch_dtype"}
+
+
+def inkling2_loop() -> Config:
+    config = {"model_type": "inkling2_loop_text", "architectures": ["Inkling2LoopForCausalLM"], "dtype": "bfloat16"}
+    config |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "swa_num_attention_heads": 2}
+    config |= {"swa_num_key_value_heads": 1, "swa_head_dim": 16, "sliding_window_size": 8, "num_hidden_layers": 4}
+    config |= {"loop_layer_index_start": 1, "loop_layer_index_end": 3, "loop_gate_rank": 4, "d_rel": 4, "rel_extent": 8}
+    config |= {"n_layers_per_attn_res_block": 1, "moe_intermediate_size": 32, "n_routed_experts": 12}
+    config |= {"num_experts_per_tok": 1, "vocab_size": 40, "unpadded_vocab_size": 37, "hidden_size": 64}
+    return config | {"eos_token_id": 1}
+
+
+def qwen4_exp_text() -> Config:
+    config = _COMMON | _QWEN_EXPERTS | {"num_attention_heads": 6, "head_dim": 16, "dtype": "bfloat16"}
+    config |= {"model_type": "qwen4_exp_text", "architectures": ["Qwen4ExpForCausalLM"], "eos_token_id": 2}
+    config |= {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "hc_count": 3}
+    config |= {"linear_key_head_dim": 10, "linear_value_head_dim": 14, "linear_num_key_heads": 2, "hc_lowrank": 10}
+    config |= {"linear_num_value_heads": 4, "shared_expert_intermediate_size": 128, "ple_layer_ids": [1]}
+    config |= {"ple_embed_dim": 48, "heads_per_ngram": 2, "ngram_vocab_size_base": 40, "split_ngram_parts": 12}
+    config |= {"make_ngram_vocab_size_divisible_by": 12, "indexer_n_heads": 5, "indexer_kv_heads": 1}
+    return config | {"indexer_head_dim": 20, "indexer_budget": 8, "indexer_compress_ratio": 2}

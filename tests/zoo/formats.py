@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor
 from tests.quantized.producers import FLOAT4, FLOAT8, INT4, Producer, compressed, fp4_values, spread
 
 Stored = dict[str, Tensor]
-"""Tensors by the suffix after the name of the weight. A suffix with a dot in front replaces ``.weight``."""
+"""Tensors by the suffix after the name of the weight. A suffix with a dot in front replaces ``.weight``; one
+with ``../`` is next to the module."""
 Shape = tuple[int, ...]
 Make = Callable[[Shape, torch.Generator], tuple[Stored, Tensor]]
 
@@ -30,10 +31,6 @@ class Format:
     """Returns the tensors that store a weight of a shape, and its values."""
     settings: Mapping[str, Any]
     """A ``quantization_config`` of a checkpoint in which all weights have this format."""
-    publishers: str
-    """Who publishes it, for the table in the documentation."""
-    no: Mapping[str, str] = field(default_factory=dict)
-    """Columns of the table in the documentation that are not "yes", each with the reason."""
 
 
 def generator_of(name: str) -> torch.Generator:
@@ -89,6 +86,15 @@ def fine_grained(block: tuple[int, int], suffix: str = "_scale_inv", scale_dtype
         return {"": codes, suffix: stored}, codes.double() * spread(wide, block, torch.Size(shape))
 
     return make
+
+
+def fp8_shards(shape: Shape, random: torch.Generator) -> tuple[Stored, Tensor]:
+    """Return a shard of Qwen3.8-Flash-Next's n-gram embedding: FP8, and a bfloat16 scale that all shards share.
+
+    Source: vllm#55040.
+    """
+    codes, scale = fp8_codes(shape, random), torch.tensor(0.000199, dtype=torch.bfloat16)
+    return {"": codes, "../weight_scale": scale}, codes.double() * scale.double()
 
 
 def per_channel(suffix: str, dims: int = 2) -> Make:
@@ -185,6 +191,28 @@ def llama4_nvfp4(shape: Shape, random: torch.Generator) -> tuple[Stored, Tensor]
     return {"": codes, **parts}, exact
 
 
+def inkling2_loop_nvfp4(shape: Shape, random: torch.Generator) -> tuple[Stored, Tensor]:
+    """Return Inkling2Loop's NVFP4 of a stack ``[E, rows, columns]``: FP8 scales of 16 codes, a quotient per expert.
+
+    Quotients have so few bits that no product of transformers, in float32, is rounded. Source: transformers 5.24.0,
+    ``Inkling2LoopDequantizeExperts`` in ``core_model_loading.py``.
+    """
+    experts, rows, columns = shape
+    codes = fp4_codes(shape, random)
+    scales = fp8_codes((experts, rows, columns // 16), random).float().abs().to(torch.float8_e4m3fn)
+    amax = torch.randint(128, 256, (experts,), generator=random).float()
+    parts = {"_scale": scales, "_amax": amax, "_outer_scale_denominator": torch.full((experts,), 4096.0)}
+    blocks = fp4_values(codes.flatten(0, 1)).reshape(experts, rows, columns // 16, 16) * scales.double()[..., None]
+    return {"": codes, **parts}, (blocks * (amax / 4096.0).double()[:, None, None, None]).reshape(shape)
+
+
+def inkling2_loop_mxfp8(shape: Shape, random: torch.Generator) -> tuple[Stored, Tensor]:
+    """Return Inkling2Loop's MXFP8 of a stack: exponents of 32 codes. Source: as ``inkling2_loop_nvfp4``."""
+    codes = fp8_codes(shape, random)
+    scales = exponents((*shape[:2], shape[2] // 32), random)
+    return {"": codes, "_scale": scales}, codes.double() * powers(scales).repeat_interleave(32, -1)
+
+
 def unpacked_nibbles(words: Tensor) -> Tensor:
     """Return the eight numbers of each 32-bit word, the lowest bits first, in a new last dimension."""
     return torch.stack([(words >> (4 * place)) & 15 for place in range(8)], -1)
@@ -197,13 +225,13 @@ def _words(shape: Shape, random: torch.Generator) -> Tensor:
 def gptq(shape: Shape, random: torch.Generator) -> tuple[Stored, Tensor]:
     """Return GPTQ of 4 bits and groups of 128, in the order of the columns; zero points are stored less 1.
 
-    Sources: auto-gptq's and gptqmodel's ``qlinear`` as vLLM 0.33.0 reads them, ``quantization/gptq.py``.
+    Sources: gptqmodel 5.4, ``nn_modules/qlinear/torch.py`` and ``convert_gptq_v1_to_v2_format_module``.
     """
     out, columns = shape
     words, zeros = _words((columns // 8, out), random), _words((columns // 128, out // 8), random)
     scales = float_scales((columns // 128, out), random).half()
     codes = unpacked_nibbles(words).transpose(1, 2).reshape(columns, out)  # nibble k of row r is input 8 r + k
-    points = (unpacked_nibbles(zeros).reshape(columns // 128, out) + 1) & 15
+    points = unpacked_nibbles(zeros + 0x11111111).reshape(columns // 128, out)  # one addition for all eight
     groups = torch.arange(columns) // 128
     exact = (codes - points[groups]).double() * scales.double()[groups]
     parts = {".qweight": words, ".qzeros": zeros, ".scales": scales, ".g_idx": groups.to(torch.int32)}
@@ -241,9 +269,10 @@ def by(producer: Producer) -> Make:
     return make
 
 
-def _compressed(stored_format: str, divisor: float | None = None, **weights: Any) -> tuple[Make, dict[str, Any]]:
+def _compressed(stored_format: str, divisor: float | None = None, **weights: Any) -> Format:
     producer = compressed(stored_format, divisor, **weights)
-    return by(producer), dict(producer.config)
+    settings = {"quantization_status": "compressed", "ignore": ["lm_head", "re:.*self_attn.*", "re:.*gate$"]}
+    return Format(by(producer), dict(producer.config) | settings)
 
 
 def _modelopt(algorithm: str, **settings: Any) -> dict[str, Any]:
@@ -260,71 +289,47 @@ def _quark(**weight: Any) -> dict[str, Any]:
 
 _FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
 _E8M0 = torch.float8_e8m0fnu
-_INT4_32, _INT4_32_SETTINGS = _compressed("pack-quantized", **INT4, strategy="group", group_size=32)
-_CT_FP8, _CT_FP8_SETTINGS = _compressed("float-quantized", **FLOAT8, strategy="channel")
-_CT_NVFP4, _CT_NVFP4_SETTINGS = _compressed(
-    "nvfp4-pack-quantized", 700.0, **FLOAT4, strategy="tensor_group", group_size=16
-)
 _MX = {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
 
 FORMATS: dict[str, Format] = {
-    "FP8, one scale per block": Format(
-        fine_grained((128, 128)), _FP8, "DeepSeek-V3, R1; Qwen3-FP8; GLM-5-FP8; MiniMax-M2.5; MiMo-V2-Flash"
+    "FP8, one scale per block": Format(fine_grained((128, 128)), _FP8),
+    "FP8, exponents per block": Format(fine_grained((128, 128), ".scale", _E8M0), _FP8 | {"scale_fmt": "ue8m0"}),
+    "FP8, exponents per 32 x 32": Format(
+        fine_grained((32, 32), ".scale", _E8M0), _FP8 | {"scale_fmt": "ue8m0", "weight_block_size": [32, 32]}
     ),
-    "FP8, exponents per block": Format(
-        fine_grained((128, 128), ".scale", _E8M0), _FP8 | {"scale_fmt": "ue8m0"}, "DeepSeek-V4-Flash, outside experts"
+    "FP8 shards with one scale": Format(fp8_shards, _FP8),
+    "FP4 experts of DeepSeek": Format(mxfp4(".scale", torch.int8, _E8M0), _FP8 | {"scale_fmt": "ue8m0"}),
+    "MXFP4 of gpt-oss": Format(gpt_oss_mxfp4, {"quant_method": "mxfp4"}),
+    "compressed-tensors INT4": _compressed("pack-quantized", **INT4, strategy="group", group_size=32),
+    "compressed-tensors INT4 with zero points": _compressed(
+        "pack-quantized", **INT4, strategy="group", group_size=32, symmetric=False
     ),
-    "FP8 per block of 32 x 32, exponents": Format(
-        fine_grained((32, 32), ".scale", _E8M0),
-        _FP8 | {"scale_fmt": "ue8m0", "weight_block_size": [32, 32]},
-        "DeepSeek-V4.1-Flash, outside experts",
+    "compressed-tensors FP8": _compressed("float-quantized", **FLOAT8, strategy="channel"),
+    "compressed-tensors NVFP4": _compressed(
+        "nvfp4-pack-quantized", 700.0, **FLOAT4, strategy="tensor_group", group_size=16
     ),
-    "FP4 experts of DeepSeek": Format(
-        mxfp4(".scale", torch.int8, _E8M0), _FP8 | {"scale_fmt": "ue8m0"}, "DeepSeek-V4-Flash, V4.1-Flash"
-    ),
-    "MXFP4 of gpt-oss": Format(gpt_oss_mxfp4, {"quant_method": "mxfp4"}, "gpt-oss-20b, gpt-oss-120b"),
-    "compressed-tensors INT4": Format(_INT4_32, _INT4_32_SETTINGS, "Kimi-K2.5, Kimi-K2-Thinking"),
-    "compressed-tensors FP8 per channel": Format(_CT_FP8, _CT_FP8_SETTINGS, "RedHatAI's FP8-dynamic"),
-    "compressed-tensors NVFP4": Format(_CT_NVFP4, _CT_NVFP4_SETTINGS, "RedHatAI's NVFP4"),
     "compressed-tensors MXFP4": Format(
         mxfp4("_scale", torch.uint8, torch.uint8, "_packed"),
-        compressed("mxfp4-pack-quantized", **FLOAT4, **_MX).config,
-        "Kimi-K3",
+        _compressed("mxfp4-pack-quantized", **FLOAT4, **_MX).settings,
     ),
-    "fbgemm_fp8": Format(
-        per_channel("_scale"), {"quant_method": "fbgemm_fp8"}, "Llama-4-Maverick-17B-128E-Instruct-FP8"
-    ),
-    "ModelOpt FP8": Format(modelopt_fp8, _modelopt("FP8"), "Nemotron-3-Super-120B-A12B-FP8"),
-    "ModelOpt FP8 per channel": Format(
-        per_channel("_scale", dims=1), _modelopt("FP8_PER_CHANNEL_PER_TOKEN"), "ModelOpt's users"
-    ),
-    "ModelOpt FP8_PB_WO": Format(modelopt_blocks, _modelopt("FP8_PB_WO"), "ModelOpt's users, for TensorRT-LLM"),
-    "ModelOpt MXFP8": Format(modelopt_mxfp8, _modelopt("MXFP8"), "MiniMax-M3-NVFP4, outside experts"),
-    "ModelOpt NVFP4": Format(
-        nvfp4(), _modelopt("NVFP4", group_size=16), "Kimi-K2.5-NVFP4, Qwen3.5-122B-A10B-NVFP4, GLM-5-NVFP4"
-    ),
-    "ModelOpt W4A16_NVFP4": Format(nvfp4(False), _modelopt("W4A16_NVFP4", group_size=16), "ModelOpt's users"),
-    "ModelOpt NVFP4, fused experts of Llama-4": Format(
-        llama4_nvfp4, _modelopt("NVFP4", group_size=16), "Llama-4-Scout-17B-16E-Instruct-NVFP4"
-    ),
+    "fbgemm_fp8": Format(per_channel("_scale"), {"quant_method": "fbgemm_fp8"}),
+    "ModelOpt FP8": Format(modelopt_fp8, _modelopt("FP8")),
+    "ModelOpt FP8 per channel": Format(per_channel("_scale", dims=1), _modelopt("FP8_PER_CHANNEL_PER_TOKEN")),
+    "ModelOpt FP8_PB_WO": Format(modelopt_blocks, _modelopt("FP8_PB_WO")),
+    "ModelOpt MXFP8": Format(modelopt_mxfp8, _modelopt("MXFP8")),
+    "ModelOpt NVFP4": Format(nvfp4(), _modelopt("NVFP4", group_size=16)),
+    "ModelOpt W4A16_NVFP4": Format(nvfp4(False), _modelopt("W4A16_NVFP4", group_size=16)),
+    "ModelOpt NVFP4 of Llama-4": Format(llama4_nvfp4, _modelopt("NVFP4", group_size=16)),
+    "Inkling2Loop NVFP4": Format(inkling2_loop_nvfp4, {}),
+    "Inkling2Loop MXFP8": Format(inkling2_loop_mxfp8, {}),
     "Quark MXFP4": Format(
         mxfp4("_scale", torch.uint8, torch.uint8),
         _quark(dtype="fp4", qscheme="per_group", group_size=32, scale_format="e8m0", scale_type="float8_e8m0fnu"),
-        "amd's MXFP4",
     ),
-    "Quark FP8 per block": Format(
+    "Quark FP8": Format(
         fine_grained((128, 128), "_scale"),
         _quark(dtype="fp8_e4m3", qscheme="per_block", block_size=[128, 128], scale_type="float32"),
-        "amd's FP8",
     ),
-    "GPTQ": Format(
-        gptq,
-        {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": False},
-        "Qwen's GPTQ-Int4, and many others",
-    ),
-    "AWQ": Format(
-        awq,
-        {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"},
-        "many on the Hub",
-    ),
+    "GPTQ": Format(gptq, {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": False}),
+    "AWQ": Format(awq, {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}),
 }

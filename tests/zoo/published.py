@@ -49,6 +49,10 @@ class Published:
     """Patterns and replacements, applied in this order to the names that transformers saves."""
     divides_experts: bool = False
     """Whether each expert is a tensor of its own although the type is published grouped."""
+    has_layouts: bool = True
+    """Whether the model states the layout of its experts, so that others can be made from it."""
+    saved_transposed: bool = False
+    """Whether transformers saves experts as its model has them, which is transposed against what is published."""
     recipe: str | None = None
     """The name in ``automodel_conv.recipes`` of the rules, where transformers does not know the model type."""
     refused: str | None = None
@@ -225,6 +229,7 @@ PUBLISHED: tuple[Published, ...] = (
     Published(
         name="Qwen/Qwen3-VL-30B-A3B-Instruct",
         config=configs.qwen3_vl_moe(),
+        saved_transposed=True,
         special="experts grouped and transposed; a vision tower",
     ),
     Published(
@@ -336,7 +341,6 @@ PUBLISHED: tuple[Published, ...] = (
         name="nvidia/DeepSeek-V4-Flash-NVFP4",
         config=configs.deepseek_v4(),
         hook="transformers would load codes of quantized tensors as values",
-        refused="U8, not codes",
         special="the method is fp8, the algorithm MIXED_PRECISION, and quantized_layers name modules of experts",
         formats=(
             (r"^layers\.\d+\.ffn\.experts\.\d+\.w\d\.weight$", NVFP4),
@@ -420,7 +424,6 @@ PUBLISHED: tuple[Published, ...] = (
         name="nvidia/MiniMax-M3-NVFP4",
         config=configs.minimax_m3_vl(),
         hook="transformers would load codes of quantized tensors as values",
-        refused="MIXED_PRECISION",
         special="MIXED_PRECISION: NVFP4 experts and MXFP8 modules, each named",
         formats=(
             (_EXPERTS, NVFP4),
@@ -511,21 +514,23 @@ PUBLISHED: tuple[Published, ...] = (
     Published(
         name="meta-llama/Llama-4-Scout-17B-16E-Instruct",
         config=configs.llama4(),
+        has_layouts=False,
         special="experts grouped, [E, in, out]; a vision tower",
     ),
     Published(
         name="meta-llama/Llama-4-Maverick-17B-128E-Instruct",
         config=configs.llama4(interleave_moe_layer_step=2, use_qk_norm=False),
+        has_layouts=False,
         special="every second layer is dense",
     ),
     Published(
         name="nvidia/Llama-4-Scout-17B-16E-Instruct-NVFP4",
         config=configs.llama4(),
         hook="transformers would load codes of quantized tensors as values",
-        refused="gate_up_proj_weight_scale",
+        has_layouts=False,
         special="fused FP4 experts, packed along the columns of the weight",
         formats=(
-            (r"experts\.(gate_up|down)_proj$", "ModelOpt NVFP4, fused experts of Llama-4"),
+            (r"experts\.(gate_up|down)_proj$", "ModelOpt NVFP4 of Llama-4"),
             (r"feed_forward\.shared_expert\..*_proj\.weight$", NVFP4),
         ),
         modelopt=_modelopt_file(

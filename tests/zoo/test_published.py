@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 
 import pytest
@@ -10,29 +9,22 @@ import torch
 
 pytest.importorskip("transformers", reason="the zoo needs transformers")
 
-from torch.distributed.tensor import Shard
-from transformers import CONFIG_MAPPING, AutoConfig
+from transformers import AutoConfig
 
 import automodel_conv as amc
-from automodel_conv.execution.buffers import allocate
-from automodel_conv.execution.host import load_to_host
-from automodel_conv.planning.sharding import placed
-from automodel_conv.testing import POISON, assert_bytes_equal
+from automodel_conv.testing import assert_bytes_equal
 from tests.comparing import assert_same_in_order
 from tests.zoo.published import PUBLISHED, QUICK
-from tests.zoo.writing import readable_config, write
+from tests.zoo.ranks import assert_ranks_read_their_parts
+from tests.zoo.writing import is_known, write
 
 pytestmark = pytest.mark.sweep
-
-
-def _known(record):
-    return readable_config(record)["model_type"] in CONFIG_MAPPING
 
 
 def _parameters():
     for record in PUBLISHED:
         marks = [] if record.name in QUICK else [pytest.mark.long]
-        marks += [] if _known(record) else [pytest.mark.skip(reason="this transformers does not have the type")]
+        marks += [] if is_known(record) else [pytest.mark.skip(reason="this transformers does not have the type")]
         yield pytest.param(record, id=record.name, marks=marks)
 
 
@@ -79,44 +71,33 @@ def test_model_on_meta_equals_the_twin(read):
 
 @pytest.mark.parametrize("layout", ["nemo", "gpt_oss", "vllm"])
 def test_layouts_are_those_of_the_loaded_experts(read, options, layout):
-    _, written, upstream = read
+    record, written, upstream = read
+    if not record.has_layouts:
+        with pytest.raises(amc.UnsupportedError, match="does not state their layout"):
+            amc.load_state_dict(written.directory, layout=layout, **options)
+        return
     loaded = amc.load_state_dict(written.directory, layout=layout, **options)
     plain = dict(upstream.state_dict())
-    own = "gpt_oss" if read[0].config["model_type"] == "gpt_oss" else "transformers"
+    own = "gpt_oss" if record.config["model_type"] == "gpt_oss" else "transformers"
     expected = amc.convert_state_dict(plain, rules=[], source_layout=own, layout=layout)
     assert_same(loaded, expected)
 
 
 def test_ranks_read_their_parts(read, options):
-    """Check that shards over experts (two ranks) and in them over their first dimension (two ranks) are parts."""
     _, written, upstream = read
-    checkpoint = amc.open_checkpoint(written.directory)
-    plan = amc.compile_plan(checkpoint, **options)
-    whole = upstream.state_dict()
-    experts = [target for target in plan.targets if ".experts." in target.name and len(target.shape) == 3]
-    assert experts
-    for coordinate in itertools.product(range(2), range(2)):
-        regions = {t.name: placed(t.shape, (2, 2), coordinate, (Shard(0), Shard(1))) for t in experts}
-        mine = plan.shard(regions)
-        buffers = allocate(mine.targets)
-        for name in regions:
-            buffers[name].view(torch.uint8).fill_(POISON)
-        load_to_host(mine, checkpoint, buffers, threads=1)
-        for target in experts:
-            first, second = ([slice(at, at + n) for at, n in runs] for runs in regions[target.name].runs[:2])
-            part = torch.cat([torch.cat([whole[target.name][f, s] for s in second], 1) for f in first])
-            assert_bytes_equal(buffers[target.name], part)
+    assert_ranks_read_their_parts(written.directory, upstream.state_dict(), **options)
 
 
 def test_converted_on_disk_and_back(read, options, tmp_path):
     record, written, upstream = read
     decode = {"dequantize": True} if record.formats else {}
-    amc.convert_checkpoint(written.directory, tmp_path / "nemo", layout="nemo", **decode, **options)
-    amc.verify_checkpoint(written.directory, tmp_path / "nemo", layout="nemo", **decode, **options)
-    amc.convert_checkpoint(tmp_path / "nemo", tmp_path / "back", layout="per_expert", **options)
+    there, back = ({"layout": "nemo"}, {"layout": "per_expert"}) if record.has_layouts else ({}, {})
+    amc.convert_checkpoint(written.directory, tmp_path / "there", **there, **decode, **options)
+    amc.verify_checkpoint(written.directory, tmp_path / "there", **there, **decode, **options)
+    amc.convert_checkpoint(tmp_path / "there", tmp_path / "back", **back, **options)
     loaded = amc.load_state_dict(tmp_path / "back", **options)
     assert_same(loaded, upstream.state_dict())
-    if not record.formats:
+    if not record.formats and not record.saved_transposed:
         amc.verify_checkpoint(written.directory, tmp_path / "back", **options)
     else:
         assert "quantization_config" not in json.loads((tmp_path / "back" / "config.json").read_text())

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from tests.kernels.test_code_tables import rounded
 from tests.model_zoo import build_published, write_checkpoint
@@ -57,6 +57,11 @@ def write(record: Published, directory: Path) -> Written:
     save(stored, directory / "published", published_config(record), record.modelopt)
     save(grouped(values, names), directory / "twin", readable_config(record), None)
     return Written(directory / "published", directory / "twin", stored, type(model))
+
+
+def is_known(record: Published) -> bool:
+    """Return whether the installed transformers has the model type."""
+    return readable_config(record)["model_type"] in CONFIG_MAPPING
 
 
 def readable_config(record: Published) -> dict[str, Any]:
@@ -121,14 +126,8 @@ def quantized(record: Published, tensors: Mapping[str, Tensor]) -> tuple[Stored,
         if record.scale_dtype != "same":
             parts, exact = _with_scales(parts, exact, getattr(torch, record.scale_dtype))
         stored |= {part_name(name, suffix): part.contiguous() for suffix, part in parts.items()}
-        values[name] = rounded(exact.contiguous().numpy(), value_dtype(parts))
+        values[name] = rounded(exact.contiguous().numpy(), torch.bfloat16)
     return stored, values
-
-
-def value_dtype(parts: Stored) -> torch.dtype:
-    """Return the dtype of decoded values: that of floating scales of two bytes, or bfloat16."""
-    scales = [part for suffix, part in parts.items() if "scale" in suffix and part.dtype == torch.float16]
-    return torch.float16 if scales else torch.bfloat16
 
 
 def _with_scales(parts: Stored, exact: Tensor, dtype: torch.dtype) -> tuple[Stored, Tensor]:
@@ -139,6 +138,8 @@ def _with_scales(parts: Stored, exact: Tensor, dtype: torch.dtype) -> tuple[Stor
 
 
 def part_name(weight: str, suffix: str) -> str:
+    if suffix.startswith("../"):
+        return f"{weight.rsplit('.', 2)[0]}.{suffix[3:]}"
     return weight.removesuffix(".weight") + suffix if suffix.startswith(".") else weight + suffix
 
 

@@ -26,7 +26,7 @@ from automodel_conv.planning.methods.method import (
 
 # Keys are the format, type and bits in a config. Values are the format of the codes (see ``Decode``) and the dtypes of
 # the scales.
-_FORMATS = {
+_FORMATS: Mapping[tuple[Any, Any, Any], tuple[str, frozenset[str]]] = {
     ("pack-quantized", "int", 4): ("int4", FLOAT_SCALES),
     ("int-quantized", "int", 8): ("int8", FLOAT_SCALES),
     ("float-quantized", "float", 8): ("e4m3", FLOAT_SCALES),

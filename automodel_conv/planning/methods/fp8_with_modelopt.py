@@ -32,7 +32,7 @@ def _schemes(config: Mapping[str, Any]) -> list[Scheme]:
 FP8_WITH_MODELOPT = replace(
     FP8,
     schemes=_schemes,
-    codes=tuple(dict.fromkeys((*FP8.codes, *MODELOPT.codes))),
+    codes=(*FP8.codes, *(packing for packing in MODELOPT.codes if packing.dtype == "U8")),
     scales=tuple(dict.fromkeys((*FP8.scales, *MODELOPT.scales))),
     global_scale=MODELOPT.global_scale,
     dropped=tuple(dict.fromkeys((*FP8.dropped, *MODELOPT.dropped))),

@@ -1,4 +1,4 @@
-"""The method of NVIDIA Model Optimizer: FP8, MXFP8, NVFP4 and MXFP4, one algorithm for all weights or one per module.
+"""The method of NVIDIA Model Optimizer: FP8, MXFP8, NVFP4, MXFP4 or INT8, the same for all weights or one per module.
 
 Sources: NVIDIA Model Optimizer 0.47: ``torch/export/quant_utils.py`` (``process_layer_quant_config`` for the names of
 algorithms, ``to_quantized_weight`` for codes and scales, ``postprocess_state_dict`` for the names of tensors) and
@@ -66,17 +66,16 @@ _ALGORITHMS: dict[str, Callable[[Any], list[Scheme]]] = {
     "W4A8_NVFP4_FP8": _nvfp4,
     "MXFP4": _mxfp4,
     "W4A8_MXFP4_FP8": _mxfp4,
+    "W8A16": lambda size: [Scheme("int8", CHANNEL, FLOAT_SCALES)],
 }
 
 _SMOOTHED = "multiplies inputs by a pre_quant_scale, so that the stored weights are not those of the model"
-_INT8 = "stores INT8"
 _REFUSED = {
     "NVFP4_AWQ": _SMOOTHED,
     "W4A8_AWQ": _SMOOTHED,
     "W4A16_AWQ": _SMOOTHED,
     "NVFP4_SVD": f"{_SMOOTHED}, and adds a low-rank residual",
-    "W8A8_SQ_PER_CHANNEL": f"{_INT8}, and {_SMOOTHED}",
-    "W8A16": _INT8,
+    "W8A8_SQ_PER_CHANNEL": _SMOOTHED,
 }
 
 
@@ -110,7 +109,7 @@ MODELOPT = Method(
     name="modelopt",
     aliases=("modelopt_fp4", "modelopt_mxfp8", "modelopt_mixed"),  # names of vLLM
     schemes=modelopt_schemes,
-    codes=(*FP8_CODES, Packing("", "U8", "e2m1")),
+    codes=(*FP8_CODES, Packing("", "U8", "e2m1"), Packing("", "I8", "int8")),
     scales=("_scale", "_scale_inv", "_weight_scale"),  # experts.gate_up_proj has the last, FP8_BLOCK_SCALES the second
     global_scale=("_scale_2", "_weight_scale_2"),
     dropped=(".input_scale", "_input_scale"),

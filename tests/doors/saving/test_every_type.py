@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import automodel_conv as amc
+from automodel_conv.errors import CoverageError
 from automodel_conv.testing import POISON
 from tests.comparing import assert_same, contents, tensors_of
 from tests.doors.saving.support import NAMES, loaded_by_upstream
@@ -20,6 +21,13 @@ needs_transformers = pytest.mark.skipif(not NAMES, reason="transformers is not i
 
 def quarter(model):
     return sum(tensor.nbytes for tensor in model.state_dict().values()) // 4
+
+
+def is_padded(model):
+    """Return whether a rule drops a part of a published tensor."""
+    rules = amc.get_model_conversion_mapping(model)
+    operations = [operation for rule in rules for operation in getattr(rule, "operations", ())]
+    return any(type(operation).__name__ == "Inkling2UnpadVocab" for operation in operations)
 
 
 class Case:
@@ -59,12 +67,17 @@ def test_load_and_save_round_trips_and_transformers_loads_it(case, tmp_path):
     amc.load_model(model, case.expected, strict=False)
     amc.save_checkpoint(model, tmp_path, max_shard_size=case.most_bytes)
     case.assert_equals_transformers(tmp_path)
-    again = type(model).from_pretrained(tmp_path)
+    # A class that several model types share, as Glm4Moe, saves its own type. The config decides which rules apply.
+    again = type(model).from_pretrained(tmp_path, config=model.config)
     assert_same(again.state_dict(), case.model.state_dict())
 
 
 @pytest.mark.sweep
 def test_reference_restores_its_names_and_files(case, tmp_path):
+    if is_padded(case.model):
+        with pytest.raises(CoverageError, match=r"(?s)such as padding.*partly unwritten.*leave reference= out"):
+            amc.save_checkpoint(case.model, tmp_path, reference=case.expected)
+        return
     amc.save_checkpoint(case.model, tmp_path, reference=case.expected)
     assert contents(tmp_path) == contents(case.expected)
 

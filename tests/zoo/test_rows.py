@@ -1,0 +1,103 @@
+"""Tests of each cell of the table of formats: a "yes" works, and a "no" is the error that the reason states."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="the zoo needs transformers")
+
+from transformers import CompressedTensorsConfig
+
+import automodel_conv as amc
+from automodel_conv.testing import assert_bytes_equal
+from tests.zoo.ranks import assert_ranks_read_their_parts
+from tests.zoo.rows import COLUMNS, PAGE, ROWS, page
+from tests.zoo.writing import is_known, write
+
+LAYOUTS = ("nemo", "gpt_oss", "vllm")
+
+
+@pytest.fixture(scope="module", params=ROWS, ids=lambda row: row.record.name)
+def case(request, tmp_path_factory):
+    """Write a checkpoint of one layer; return the row, the files, and what transformers loads of the values."""
+    if not is_known(request.param.record):
+        pytest.skip("this transformers does not have the type")
+    written = write(request.param.record, tmp_path_factory.mktemp("format"))
+    values = written.model_class.from_pretrained(written.twin, dtype="auto").state_dict()
+    return request.param, written, values
+
+
+def read(row, written, values, directory):
+    assert_same(amc.load_state_dict(written.directory), values)
+
+
+def laid_out(row, written, values, directory):
+    own = "gpt_oss" if row.record.config["model_type"] == "gpt_oss" else "transformers"
+    for layout in LAYOUTS:
+        expected = amc.convert_state_dict(dict(values), rules=[], source_layout=own, layout=layout)
+        assert_same(amc.load_state_dict(written.directory, layout=layout), expected)
+
+
+def sharded(row, written, values, directory):
+    assert_ranks_read_their_parts(written.directory, values)
+
+
+def kept(row, written, values, directory):
+    assert_same(amc.load_state_dict(written.directory, rules=[], dequantize=False), written.stored)
+    amc.convert_checkpoint(written.directory, directory / "copy", rules=[])
+    assert_same(amc.load_state_dict(directory / "copy", rules=[], dequantize=False), written.stored)
+
+
+def codes_laid_out(row, written, values, directory):
+    amc.convert_checkpoint(written.directory, directory / "nemo", layout="nemo")
+    assert_same(amc.load_state_dict(directory / "nemo"), amc.load_state_dict(written.directory))
+    amc.convert_checkpoint(directory / "nemo", directory / "back", layout="per_expert")
+    assert_same(amc.load_state_dict(directory / "back", rules=[], dequantize=False), written.stored)
+
+
+def hook(row, written, values, directory):
+    settings = row.record.settings or {}
+    decode = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if "config_groups" in settings else {}
+    with amc.accelerate_transformers() as acceleration:
+        model = written.model_class.from_pretrained(written.directory, dtype="auto", **decode)
+    left = [name for load in acceleration.loads for name in load.left]
+    if left:
+        raise LookupError(f"left to transformers: {left}")
+    for name, tensor in values.items():
+        bits = (part.contiguous().view(torch.int16).int() for part in (model.state_dict()[name], tensor))
+        assert next(bits).sub(next(bits)).abs().max() <= 1, name  # transformers may round twice
+
+
+WORKS = (read, laid_out, sharded, kept, codes_laid_out, hook)
+
+
+def test_columns_are_all_tested():
+    assert [works.__name__ for works in WORKS] == list(COLUMNS)
+    assert all(set(row.no) <= set(COLUMNS) for row in ROWS)
+
+
+@pytest.mark.parametrize("works", WORKS, ids=lambda works: works.__name__)
+def test_cell_is_true(case, works, tmp_path):
+    row, written, values = case
+    no = row.no.get(works.__name__)
+    if no is None:
+        works(row, written, values, tmp_path)
+        return
+    with pytest.raises((amc.ConversionError, ImportError, LookupError)) as raised:
+        works(row, written, values, tmp_path)
+    assert re.search(no.error, str(raised.value)), raised.value
+
+
+def test_page_has_the_table():
+    text = PAGE.read_text(encoding="utf-8")
+    assert all(f"| {row.record.name} |" in text for row in ROWS)
+    assert text == page(text), "do: python -m tests.zoo.rows"
+
+
+def assert_same(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert_bytes_equal(actual[name], tensor)
