@@ -88,6 +88,13 @@ def fine_grained(block: tuple[int, int], suffix: str = "_scale_inv", scale_dtype
     return make
 
 
+def int8(shape: Shape, random: torch.Generator) -> tuple[Stored, Tensor]:
+    """Return INT8 with a bfloat16 scale for each row, ``[rows, 1]``."""
+    codes = torch.randint(-128, 128, shape, dtype=torch.int8, generator=random)
+    scales = float_scales((shape[0], 1), random).bfloat16()
+    return {"": codes, "_scale": scales}, codes.double() * scales.double()
+
+
 def fp8_shards(shape: Shape, random: torch.Generator) -> tuple[Stored, Tensor]:
     """Return a shard of Qwen3.8-Flash-Next's n-gram embedding: FP8, and a bfloat16 scale that all shards share.
 
@@ -275,6 +282,14 @@ def _compressed(stored_format: str, divisor: float | None = None, **weights: Any
     return Format(by(producer), dict(producer.config) | settings)
 
 
+def _compressed_int8() -> Format:
+    """Source: compressed-tensors 0.20.1, ``compressors/naive_quantized`` (int-quantized)."""
+    weights = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True, "dynamic": False}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
+    settings = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {"group_0": group}}
+    return Format(int8, settings | {"quantization_status": "compressed", "ignore": ["lm_head", "re:.*self_attn.*"]})
+
+
 def _modelopt(algorithm: str, **settings: Any) -> dict[str, Any]:
     return {"quant_method": "modelopt", "quant_algo": algorithm, **settings}
 
@@ -312,6 +327,7 @@ FORMATS: dict[str, Format] = {
         mxfp4("_scale", torch.uint8, torch.uint8, "_packed"),
         _compressed("mxfp4-pack-quantized", **FLOAT4, **_MX).settings,
     ),
+    "compressed-tensors INT8": _compressed_int8(),
     "fbgemm_fp8": Format(per_channel("_scale"), {"quant_method": "fbgemm_fp8"}),
     "ModelOpt FP8": Format(modelopt_fp8, _modelopt("FP8")),
     "ModelOpt FP8 per channel": Format(per_channel("_scale", dims=1), _modelopt("FP8_PER_CHANNEL_PER_TOKEN")),

@@ -55,8 +55,6 @@ class Published:
     """Whether transformers saves experts as its model has them, which is transposed against what is published."""
     recipe: str | None = None
     """The name in ``automodel_conv.recipes`` of the rules, where transformers does not know the model type."""
-    refused: str | None = None
-    """A pattern of the error, if the checkpoint is not read."""
     undivided: str | None = None
     """A pattern of weights that blocks do not divide, which transformers reads as if they were equal blocks."""
     hook: str = ""

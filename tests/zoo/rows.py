@@ -132,6 +132,7 @@ ROWS: tuple[Row, ...] = (
     _row("MXFP4 of gpt-oss", "gpt-oss", config=one_layer(configs.gpt_oss()), weights=FUSED, codes_laid_out=PACKED),
     _row("compressed-tensors INT4", "Kimi-K2-Thinking, Kimi-K2.5", codes_laid_out=PACKED),
     _row("compressed-tensors INT4 with zero points", "RedHatAI's W4A16_ASYM", codes_laid_out=PACKED),
+    _row("compressed-tensors INT8", "RedHatAI's W8A8", codes_laid_out=OF_A_ROW),
     _row("compressed-tensors FP8", "RedHatAI's FP8-dynamic", codes_laid_out=OF_A_ROW),
     _row(
         "compressed-tensors FP8 of Granite, per expert",

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel
@@ -57,6 +59,11 @@ def write(record: Published, directory: Path) -> Written:
     save(stored, directory / "published", published_config(record), record.modelopt)
     save(grouped(values, names), directory / "twin", readable_config(record), None)
     return Written(directory / "published", directory / "twin", stored, type(model))
+
+
+def is_recent() -> bool:
+    """Return whether the installed transformers is recent: older ones decode less, and have other errors."""
+    return Version(transformers.__version__) >= Version("5.23")
 
 
 def is_known(record: Published) -> bool:
