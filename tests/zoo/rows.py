@@ -152,6 +152,8 @@ ROWS: tuple[Row, ...] = (
     _row(
         "ModelOpt FP8_PB_WO", "ModelOpt's users, for TensorRT-LLM", codes_laid_out=OF_FOUR_DIMENSIONS, hook=NO_QUANTIZER
     ),
+    _row("ModelOpt MXFP4", "ModelOpt's users", codes_laid_out=PACKED, hook=NO_QUANTIZER),
+    _row("ModelOpt W8A16", "ModelOpt's users", codes_laid_out=OF_ONE_DIMENSION, hook=NO_QUANTIZER),
     _row("ModelOpt MXFP8", "MiniMax-M3-NVFP4, outside its experts", codes_laid_out=OF_A_ROW, hook=NO_QUANTIZER),
     _row("ModelOpt W4A16_NVFP4", "ModelOpt's users", codes_laid_out=PACKED, hook=NO_QUANTIZER),
     _row(
@@ -197,6 +199,7 @@ ROWS: tuple[Row, ...] = (
     ),
     _row("Quark MXFP4", "amd's MXFP4", codes_laid_out=PACKED, hook=QUARK),
     _row("Quark FP8", "amd's FP8", hook=QUARK),
+    _row("Quark INT8", "amd's INT8", codes_laid_out=OF_ONE_DIMENSION, hook=QUARK),
     _row("GPTQ", "Qwen's GPTQ-Int4, and many others", codes_laid_out=PACKED, hook=GPTQ),
     _row("AWQ", "many on the Hub", codes_laid_out=PACKED, hook=AWQ),
 )
