@@ -255,7 +255,7 @@ class Decode(NamedTuple):
     @property
     def kind(self) -> Decode:
         """The same with the rows of no source; sources of equal kinds are decoded the same way."""
-        return self._replace(scales=0, zero_points=None, global_scale=None)
+        return self.with_part_rows((0, None, None, None))
 
     @property
     def parts(self) -> tuple[int, ...]:
