@@ -47,7 +47,9 @@ def write(record: Published, directory: Path) -> Written:
     model = build_published(readable_config(record), directory / "model")
     write_checkpoint(model, directory / "model", 1 << 40)
     saved = load_file(directory / "model" / "model.safetensors")
-    tensors = {renamed(name, record.renames): tensor for name, tensor in saved.items()}
+    dtype = getattr(torch, record.config.get("dtype", "bfloat16"))
+    stated = {name: tensor.to(dtype) if tensor.dtype == torch.bfloat16 else tensor for name, tensor in saved.items()}
+    tensors = {renamed(name, record.renames): tensor for name, tensor in stated.items()}
     if record.draft is not None:
         tensors |= drafted(tensors, record.draft)
     names = list(tensors)
@@ -72,9 +74,8 @@ def is_known(record: Published) -> bool:
 
 
 def readable_config(record: Published) -> dict[str, Any]:
-    """Return the config without quantization, under a model type that transformers has."""
-    config = copy.deepcopy(dict(record.config))
-    return config if record.loads_as is None else config | {"model_type": record.loads_as}
+    """Return the config without quantization, as transformers can read it."""
+    return copy.deepcopy({**record.config, **record.readable})
 
 
 def published_config(record: Published) -> dict[str, Any]:
