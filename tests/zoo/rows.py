@@ -130,6 +130,7 @@ ROWS: tuple[Row, ...] = (
     _row("MXFP4 of gpt-oss", "gpt-oss", config=one_layer(configs.gpt_oss()), weights=FUSED, codes_laid_out=PACKED),
     _row("compressed-tensors INT4", "Kimi-K2-Thinking, Kimi-K2.5", codes_laid_out=PACKED),
     _row("compressed-tensors INT4 with zero points", "RedHatAI's W4A16_ASYM", codes_laid_out=PACKED),
+    _row("compressed-tensors INT8", "RedHatAI's W8A8", codes_laid_out=OF_A_ROW),
     _row("compressed-tensors FP8", "RedHatAI's FP8-dynamic", codes_laid_out=OF_A_ROW),
     _row(
         "compressed-tensors FP8 of Granite, per expert",
@@ -149,6 +150,8 @@ ROWS: tuple[Row, ...] = (
     _row(
         "ModelOpt FP8_PB_WO", "ModelOpt's users, for TensorRT-LLM", codes_laid_out=OF_FOUR_DIMENSIONS, hook=NO_QUANTIZER
     ),
+    _row("ModelOpt MXFP4", "ModelOpt's users", codes_laid_out=PACKED, hook=NO_QUANTIZER),
+    _row("ModelOpt W8A16", "ModelOpt's users", codes_laid_out=OF_ONE_DIMENSION, hook=NO_QUANTIZER),
     _row("ModelOpt MXFP8", "MiniMax-M3-NVFP4, outside its experts", codes_laid_out=OF_A_ROW, hook=NO_QUANTIZER),
     _row("ModelOpt W4A16_NVFP4", "ModelOpt's users", codes_laid_out=PACKED, hook=NO_QUANTIZER),
     _row(
@@ -194,6 +197,7 @@ ROWS: tuple[Row, ...] = (
     ),
     _row("Quark MXFP4", "amd's MXFP4", codes_laid_out=PACKED, hook=QUARK),
     _row("Quark FP8", "amd's FP8", hook=QUARK),
+    _row("Quark INT8", "amd's INT8", codes_laid_out=OF_ONE_DIMENSION, hook=QUARK),
     _row("GPTQ", "Qwen's GPTQ-Int4, and many others", codes_laid_out=PACKED, hook=GPTQ),
     _row("AWQ", "many on the Hub", codes_laid_out=PACKED, hook=AWQ),
 )
