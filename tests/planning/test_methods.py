@@ -235,7 +235,7 @@ def test_block_has_two_positive_sizes(sizes):
     [
         ("model.ngram_embedding.shard_12.weight", "model.ngram_embedding.weight"),
         ("ngram_embedding.weight", "ngram_embedding.weight"),
-        ("model.my_ngram_embedding.shard_1.weight", None),
+        ("model.ngram_embedding.shard_1.bias", None),
         ("model.embedding.shard_1.weight", None),
     ],
 )

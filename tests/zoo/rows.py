@@ -52,7 +52,6 @@ OF_A_MATRIX = No("one scale for a whole matrix", "its scales cannot be combined"
 OF_A_ROW = No("blocks of one row, which a transposed layout cannot have", "its scales would not fit the config")
 OF_ONE_DIMENSION = No("the scales of rows have one dimension", "its scales cannot be combined")
 OF_FOUR_DIMENSIONS = No("the scales have four dimensions", "its scales cannot be combined")
-SHARDS = No("shards are joined as values only", "cannot be cast for .*ngram_embedding")
 OWN_NAMES = No("scales are not named after the weight", "are not named after it")
 NO_QUANTIZER = No("transformers has no quantizer of it", "transformers would load codes of quantized tensors as values")
 NO_RULE = No("transformers has no rule that groups these experts", "transformers would initialize the experts")
@@ -126,7 +125,6 @@ ROWS: tuple[Row, ...] = (
         "Qwen3.8-Flash-Next-FP8, its n-gram embedding",
         config=configs.qwen4_exp_text(),
         weights=r"ngram_embedding\.shard_\d+\.weight$",
-        codes_laid_out=SHARDS,
     ),
     _row("FP4 experts of DeepSeek", "DeepSeek-V4-Flash, V4.1-Flash", codes_laid_out=PACKED),
     _row("MXFP4 of gpt-oss", "gpt-oss", config=one_layer(configs.gpt_oss()), weights=FUSED, codes_laid_out=PACKED),
