@@ -25,6 +25,7 @@ from automodel_conv.cli.options import (
     RecipeOption,
     SourceArgument,
     SourceLayoutOption,
+    StepsOption,
     ThreadsOption,
     dtype_named,
     rules_of,
@@ -99,23 +100,31 @@ def plan(
             help="Print what each rank of this mesh would read: sizes of ep, fsdp, replicate, such as ep=64,fsdp=8."
         ),
     ] = None,
+    progress: StepsOption = None,
 ) -> None:
     """Print the plan of a load: the sources, targets and bytes of each rule.
 
     Reads only headers, even for org/name.
     """
     from automodel_conv.cli.forecast import forecast, parse_mesh
+    from automodel_conv.cli.steps import step_line
     from automodel_conv.cli.tables import mesh_table
 
     sizes = None if mesh is None else parse_mesh(mesh)
-    checkpoint = automodel_conv.open_checkpoint(path, revision=revision)
-    compiled = automodel_conv.compile_plan(
-        checkpoint, rules=rules_of(model, recipe), layout=layout, source_layout=source_layout
-    )
+    shows_steps = show_progress(progress)
+    with step_line(shows_steps) as begin_step:
+        begin_step("headers")
+        checkpoint = automodel_conv.open_checkpoint(path, revision=revision)
+        begin_step("plan")
+        compiled = automodel_conv.compile_plan(
+            checkpoint, rules=rules_of(model, recipe), layout=layout, source_layout=source_layout
+        )
     typer.echo(compiled.summary())
     print_names((), compiled.left_out)
     if sizes is not None:
-        print_table(mesh_table(forecast(checkpoint, compiled, sizes)))
+        with step_line(shows_steps) as begin_step:
+            costs = forecast(checkpoint, compiled, sizes, begin_step)
+        print_table(mesh_table(costs))
     for target in explain or ():
         try:
             text = compiled.explain(target)

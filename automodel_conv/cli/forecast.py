@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -58,13 +58,24 @@ def parse_mesh(text: str) -> dict[str, int]:
     return mesh
 
 
-def forecast(checkpoint: Checkpoint, plan: CopyPlan, mesh: Mapping[str, int]) -> Forecast:
+def forecast(
+    checkpoint: Checkpoint,
+    plan: CopyPlan,
+    mesh: Mapping[str, int],
+    begin_step: Callable[[str], None] = lambda step: None,
+) -> Forecast:
     """Return what each rank of a mesh would hold and read.
 
     Placements are those of common trainers. Routed experts are divided over ``ep`` by expert, and over ``fsdp`` in the
     next dimension (in the first, if there is no ``ep``). All other tensors are divided in the first dimension over
     ``fsdp``, and also over ``ep`` if there is ``fsdp``. Nothing is divided over ``replicate``.
     Sources: nemo_automodel 0.7.0, ``parallelizer._moe_shard_placement``; torchtitan, in which ep is part of fsdp.
+
+    Args:
+        checkpoint: the checkpoint that is loaded.
+        plan: the plan of the whole load.
+        mesh: size of each dimension of the mesh by name, see ``parse_mesh``.
+        begin_step: function that is called with the name of each step before it begins.
 
     Raises:
         UnsupportedError: transformers' own code computes a target that would be divided.
@@ -73,7 +84,11 @@ def forecast(checkpoint: Checkpoint, plan: CopyPlan, mesh: Mapping[str, int]) ->
     world_size = prod(sizes)
     count = min(world_size, _MOST_RANKS)
     coordinates = [_coordinate(n * (world_size - 1) // max(count - 1, 1), sizes) for n in range(count)]
-    return Forecast(tuple(_cost(checkpoint, plan, mesh, coordinate) for coordinate in coordinates), world_size)
+    costs = []
+    for number, coordinate in enumerate(coordinates, 1):
+        begin_step(f"reads of rank {number} of {count}")
+        costs.append(_cost(checkpoint, plan, mesh, coordinate))
+    return Forecast(tuple(costs), world_size)
 
 
 def _coordinate(rank: int, sizes: Sequence[int]) -> tuple[int, ...]:

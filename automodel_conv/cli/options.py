@@ -30,6 +30,13 @@ LayoutOption = Annotated[
     typer.Option(help=f"Layout of the routed experts: {', '.join(LAYOUTS)}. Default: the model's."),
 ]
 ProgressOption = Annotated[bool | None, typer.Option(help="Show a progress bar. Default: only on a terminal.")]
+StepsOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--progress/--no-progress",
+        help="Show the current step if planning takes longer than a second. Default: only on a terminal.",
+    ),
+]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Number of threads. Default: chosen for this machine.")]
 NewLayoutOption = Annotated[
     str | None,

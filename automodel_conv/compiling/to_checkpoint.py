@@ -85,10 +85,10 @@ def saving_plan(
     plan, problems = compile_targets(table, rule_set, None, parameters=shapes)
     problems.raise_unless_fit("going back to the checkpoint's names")
     refuse_grouped(plan, rule_set)
-    return _in_saving_order(composed([*stages, plan]), model)
+    return in_saving_order(composed([*stages, plan]), model)
 
 
-def _in_saving_order(plan: CopyPlan, model: nn.Module | None) -> CopyPlan:
+def in_saving_order(plan: CopyPlan, model: nn.Module | None) -> CopyPlan:
     """Return the plan with its targets in the order of ``save_pretrained``, which determines the file of each."""
     key_of = saving_order(model)
     keys: Sequence[Any] = range(len(plan.sources.names)) if key_of is None else [*map(key_of, plan.sources.names)]

@@ -36,6 +36,8 @@ class CodeNames(NamedTuple):
     def scale_names(self, codes: str) -> list[str]:
         """Return the names that any method may give to the scales of these codes."""
         weights = [weight_name(codes, suffix) for suffix in self.codes if codes.endswith(suffix)]
+        wholes = (method.whole_name(weight) for weight in weights for method in METHODS.values())
+        weights += dict.fromkeys(whole for whole in wholes if whole is not None and whole not in weights)
         parts = (part_name(weight, scale) for weight in weights for scale in self.scales)
         return [part for part in parts if part is not None]
 
@@ -82,11 +84,11 @@ def _codes_with_parts(table: SourceTable) -> Iterator[tuple[str, list[str]]]:
         for suffix, method in methods_of.get(dtype, ()):
             if name.endswith(suffix):
                 weight = weight_name(name, suffix)
-                if any(part_name(weight, scale) in names for scale in method.scales):
-                    suffixes = filter(
-                        None, (*method.scales, *method.global_scale, method.global_divisor, *method.dropped)
-                    )
-                    parts = (part_name(weight, part) for part in suffixes)
+                whole = method.whole_name(weight)
+                owners = [weight] if whole in (None, weight) else [weight, whole]
+                if any(part_name(owner, scale) in names for owner in owners for scale in method.scales):
+                    suffixes = (*method.scales, *method.global_scale, method.global_divisor, *method.dropped)
+                    parts = (part_name(owner, part) for owner in owners for part in suffixes if part)
                     yield name, [part for part in parts if part in names]
 
 

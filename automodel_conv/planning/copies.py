@@ -253,9 +253,10 @@ class Decode(NamedTuple):
         return CODE_BITS[self.format]
 
     @property
-    def kind(self) -> Decode:
-        """The same with the rows of no source; sources of equal kinds are decoded the same way."""
-        return self._replace(scales=0, zero_points=None, global_scale=None)
+    def kind(self) -> tuple[object, ...]:
+        """All fields except the rows; sources of equal kinds are decoded the same way."""
+        code = self.format, self.matrix, self.block, self.arrangement
+        return *code, self.divides, self.like_upstream, self.zero_packing, self.scale_word
 
     @property
     def parts(self) -> tuple[int, ...]:

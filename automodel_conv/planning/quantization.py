@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from math import ceil, prod
 from typing import Any, NamedTuple
 
@@ -167,12 +168,25 @@ def arranged_plan(table: SourceTable) -> CopyPlan:
     return plan
 
 
+class _Suffixes(dict[str, bool]):
+    """Whether any name ends in a suffix, by suffix; most parts of a method do not occur in most checkpoints."""
+
+    def __init__(self, names: Iterable[str]):
+        super().__init__()
+        self._text = "\n".join([*names, ""])  # one search of a text is faster than one for each name
+
+    def __missing__(self, suffix: str) -> bool:
+        self[suffix] = f"{suffix}\n" in self._text
+        return self[suffix]
+
+
 class _CodeMatcher:
     """Matches codes to their scales and zero points, and collects all problems."""
 
     def __init__(self, table: SourceTable, method: Method, schemes: Sequence[Scheme], like_upstream: bool):
         self._table = table
         self._rows = {name: row for row, name in enumerate(table.names)}
+        self._occurs = _Suffixes(table.names)
         self._method = method
         self._schemes = schemes
         self._stated = StatedSchemes(schemes)
@@ -315,11 +329,11 @@ class _CodeMatcher:
         self.problems.add(kind, *names)
 
     def _part_row(self, weight: str, suffix: str) -> int | None:
-        name = part_name(weight, suffix) if suffix else None
+        name = part_name(weight, suffix) if suffix and self._occurs[suffix] else None
         return None if name is None else self._rows.get(name)
 
     def _part_rows(self, weight: str, suffixes: Iterable[str]) -> list[int]:
-        names = [part_name(weight, suffix) for suffix in suffixes]
+        names = [part_name(weight, suffix) for suffix in suffixes if self._occurs[suffix]]
         return [self._rows[name] for name in names if name in self._rows]
 
     def _scheme(
@@ -334,8 +348,7 @@ class _CodeMatcher:
     ) -> Scheme | None:
         """Return the scheme of the config that fits the parts of a weight, or report why none does and return None."""
         names, dtypes, shapes = self._table.names, self._table.dtypes, self._table.shapes
-        format, (*lead, stored_rows, stored_columns) = packing.format, shape
-        described = [*lead, *(packing.arrangement.shape((stored_rows, stored_columns)) or shape[-2:])]
+        format, lead = packing.format, shape[:-2]
         stated = self._stated.of(weight)
         allowed = [scheme for scheme in stated or self._schemes if scheme.format == format]
         if not lead:
@@ -356,7 +369,9 @@ class _CodeMatcher:
         if not fitting:
             wanted = " or ".join(dict.fromkeys(str(list(_scale_shapes(shape, scheme.block)[0])) for scheme in typed))
             difference = f"expected {wanted}, found {list(shapes[scales])}"
-            return self._report(row, f"{{}} of {{}} {described}: {difference}", names[scales], weight)
+            return self._report(
+                row, f"{{}} of {{}} {_weight_shape(packing, shape)}: {difference}", names[scales], weight
+            )
         for part, suffixes, flag, what in (
             (zero_points, (self._method.zero_points,), "zero_points", "zero points"),
             (global_scale, self._method.global_scale, "global_scale", "global scale"),
@@ -373,7 +388,7 @@ class _CodeMatcher:
             fitting = [scheme for scheme in fitting if scheme.modules == ANY_MODULE] or fitting
         if len({_within(scheme.block, shape) for scheme in fitting}) > 1:
             blocks = " and ".join(str(list(scheme.block)) for scheme in fitting)
-            kind = f"{{}} of {{}} {described} fits several blocks: {blocks}"
+            kind = f"{{}} of {{}} {_weight_shape(packing, shape)} fits several blocks: {blocks}"
             return self._report(row, kind, names[scales], weight)
         scheme = fitting[0]
         rows, columns = _within(scheme.block, shape)
@@ -399,15 +414,22 @@ class _CodeMatcher:
         return scheme
 
 
-def _within(block: Block, shape: Sequence[int]) -> tuple[int, int]:
+def _weight_shape(packing: Packing, shape: tuple[int, ...]) -> list[int]:
+    """Return the shape of a weight for errors, given the shape of its codes."""
+    return [*shape[:-2], *(packing.arrangement.shape((shape[-2], shape[-1])) or shape[-2:])]
+
+
+@lru_cache(maxsize=1024)
+def _within(block: Block, shape: tuple[int, ...]) -> tuple[int, int]:
     """Return the rows and columns of a block, cut to the matrix that holds it."""
     rows, columns = max(1, shape[-2]), max(1, shape[-1])
     return min(block[0] or rows, rows), min(block[1] or columns, columns)
 
 
-def _fit(scales: Sequence[int], shape: Sequence[int], block: Block) -> bool:
+@lru_cache(maxsize=1024)
+def _fit(scales: tuple[int, ...], shape: tuple[int, ...], block: Block) -> bool:
     """Return whether scales of a shape fit a weight; one scale for each matrix of a stack may be one for all."""
-    return tuple(scales) in _scale_shapes(shape, block) or (block == TENSOR and prod(scales) == 1)
+    return scales in _scale_shapes(shape, block) or (block == TENSOR and prod(scales) == 1)
 
 
 def _scale_shapes(shape: Sequence[int], block: Block) -> list[tuple[int, ...]]:

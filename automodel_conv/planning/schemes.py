@@ -32,7 +32,11 @@ _KV_CACHE_NAME = re.compile(
     r")$"
 )
 
-_KV_CACHE_SUFFIXES = ("_scale", "_zero_point", ".scale", "k_bias", "v_bias")  # a cheap test that rules out most names
+# A cheap test that rules out most names, those of scales of weights included.
+_KV_CACHE_SUFFIXES = (
+    *("q_scale", "k_scale", "v_scale", "prob_scale", "output_scale"),
+    *("_zero_point", ".scale", "k_bias", "v_bias"),
+)
 
 
 def is_of_kv_cache(name: str) -> bool:

@@ -14,7 +14,7 @@ from automodel_conv.compiling.carrying import carried_targets, checked_patterns,
 from automodel_conv.compiling.decoded import codes_without_config, decoded_table, kept_plan, quantization_of
 from automodel_conv.compiling.marks import layout_to_read, naming_of_conversion, stated_layout
 from automodel_conv.compiling.stages import without_casts
-from automodel_conv.compiling.to_checkpoint import saving_plan
+from automodel_conv.compiling.to_checkpoint import in_saving_order, saving_plan
 from automodel_conv.compiling.to_model import loading_plan
 from automodel_conv.doors import door
 from automodel_conv.dtypes import dtype_code
@@ -152,9 +152,12 @@ def compile_conversion(
         )
         if layout == PER_EXPERT:
             grouped_layout = None if source_layout == PER_EXPERT else source_layout
-            saved = replace(plan.sources, hidden=plan.sources.hidden | carried)
+            published = _published_rows(plan, grouped_layout)
+            saved = replace(plan.sources, hidden=plan.sources.hidden | carried | published)
             split = saving_plan(saved, model=model, rules=rules, layout=grouped_layout, checked=True)
-            return with_dtype(CopyPlan(plan.sources, split.targets, split.rules), dtype, model, rules), carried
+            targets = (*split.targets, *carried_targets(plan.sources, published, None, split.targets))
+            whole = in_saving_order(CopyPlan(plan.sources, targets, split.rules), model)
+            return with_dtype(whole, dtype, model, rules), carried
         return (without_casts(plan) if dtype is None else plan), carried
 
     if quantized is None:
@@ -189,6 +192,25 @@ def compile_conversion(
     plan = CopyPlan(table, (*plan.targets, *extra_targets), plan.rules)
     shards = tuple(divide(specs_of(plan.targets), most_bytes, naming))
     return Conversion(checkpoint, plan, shards, naming, tuple(checkpoint.names[row] for row in sorted(carried)))
+
+
+def _published_rows(plan: CopyPlan, grouped_layout: str | None) -> frozenset[int]:
+    """Return the rows of sources under names that the rules have changed, which are those of the published form.
+
+    Reversed rules are for the names of the model. They could match these names too, and change them again.
+
+    Args:
+        plan: plan from the sources to the model.
+        grouped_layout: layout of grouped experts in the sources. Their names are neither the model's nor published.
+    """
+    produced = {target.name for target in plan.targets}
+    names = plan.sources.names
+    return frozenset(
+        row
+        for target in plan.targets
+        for row in target.sources
+        if names[row] not in produced and not (grouped_layout is not None and holds_grouped_experts(names[row]))
+    )
 
 
 def _refuse_grouped(plan: CopyPlan, model: nn.Module | None) -> None:

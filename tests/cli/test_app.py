@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import automodel_conv
-from automodel_conv.cli import demo
+from automodel_conv.cli import demo, steps
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.upstream.registry import transformers_available
 from benchmarks.full_size import write_header
@@ -298,3 +299,13 @@ def test_help_and_plain_plans_work_without_transformers(plain):
     assert refused.returncode == 1
     assert "pip install 'automodel-conv[transformers]'" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_plan_names_its_steps(big, monkeypatch, shown):
+    named = []
+    monkeypatch.setattr(steps, "step_line", lambda enabled: nullcontext(lambda step: named.append((enabled, step))))
+    result = run("plan", big, "--no-model", "--mesh", "ep=2", "--progress" if shown else "--no-progress")
+    assert result.exit_code == 0, result.output
+    expected = ["headers", "plan", "reads of rank 1 of 2", "reads of rank 2 of 2"]
+    assert named == [(shown, step) for step in expected]

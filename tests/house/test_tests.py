@@ -21,6 +21,7 @@ ELSEWHERE = {
     "planning/methods/fp8": "planning/test_methods.py",
     "planning/methods/fp8_with_modelopt": "planning/test_methods.py",
     "planning/methods/gptq": "planning/test_methods.py",
+    "planning/methods/inkling2_loop": "quantized/test_inkling2_loop.py",
     "planning/methods/method": "planning/test_methods.py",
     "planning/methods/modelopt": "planning/test_methods.py",
     "planning/methods/mxfp4": "planning/test_methods.py",

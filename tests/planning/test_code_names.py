@@ -2,7 +2,8 @@
 
 import pytest
 
-from automodel_conv.planning.code_names import CodeNames, has_codes, packed_dtypes
+from automodel_conv.planning.code_names import CodeNames, has_codes, names_of_codes, packed_dtypes, parts_of_codes
+from automodel_conv.planning.copies import SourceTable
 from tests.planning.test_quantization import table
 
 
@@ -54,3 +55,11 @@ def test_weights_of_a_narrow_dtype_need_a_scale(name, dtype, needed):
 
 def test_dtypes_that_pack_several_codes_are_listed():
     assert packed_dtypes() == {"I8", "U8", "I32", "F4"}
+
+
+def test_shards_with_one_scale_are_codes_and_it_is_their_part():
+    names = ["ngram_embedding.shard_0.weight", "ngram_embedding.shard_1.weight", "ngram_embedding.weight_scale"]
+    table = SourceTable(names, ["F8_E4M3", "F8_E4M3", "BF16"], [(2, 2), (2, 2), ()])
+    assert names_of_codes(table) == tuple(names[:2])
+    assert parts_of_codes(table) == {names[2]}
+    assert names[2] in CodeNames.of_all_methods().scale_names(names[0])

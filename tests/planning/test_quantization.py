@@ -277,6 +277,20 @@ def test_parts_that_do_not_fit_are_named(config, tensors, message):
     assert message in str(caught.value)
 
 
+def test_module_of_a_weight_decides_between_schemes_that_fit_its_parts():
+    layers = {"a": {"quant_algo": "FP8_PB_WO", "group_size": 100}, "b": {"quant_algo": "FP8_PB_WO", "group_size": 128}}
+    config = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+
+    def parts(*names):
+        codes = {f"{name}__weight": ("F8_E4M3", (150, 100)) for name in names}
+        return table(**codes, **{f"{name}__weight_scale": ("F32", (2, 1)) for name in names})
+
+    decodes = quantized_table(parts("a", "b"), config).decodes
+    assert [decode.block for decode in decodes.values()] == [(100, 100), (128, 128)]
+    with pytest.raises(QuantizationError, match=r"c.weight_scale of c.weight \[150, 100\] fits several blocks"):
+        quantized_table(parts("a", "b", "c"), config)
+
+
 def test_all_problems_are_reported_at_once():
     tensors = {f"a{n}__weight": ("F8_E4M3", (256, 256)) for n in range(7)}
     with pytest.raises(QuantizationError, match="7 problems") as caught:

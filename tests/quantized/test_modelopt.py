@@ -27,6 +27,7 @@ from tests.kernels.test_code_tables import rounded
 from tests.model_zoo import write_checkpoint
 from tests.quantized.producers import (
     PRODUCERS,
+    Producer,
     block_wise,
     int8_per_channel,
     modelopt_nvfp4,
@@ -35,7 +36,7 @@ from tests.quantized.producers import (
     weights_only_nvfp4,
 )
 from tests.quantized.test_converting import config_of
-from tests.quantized.test_models import small_mixtral
+from tests.quantized.test_models import quantized, small_mixtral
 from tests.quantized.test_schemes import weight
 
 
@@ -462,3 +463,29 @@ def test_packed_codes_are_not_laid_out_anew(mixed_mixtral, tmp_path):
     codes, _ = mixed_mixtral
     with pytest.raises(amc.UnsupportedError, match="codes of the format e2m1 cannot be rearranged"):
         amc.convert_checkpoint(codes, tmp_path / "made", layout="nemo")
+
+
+def four_dimensional(size):
+    """Return FP8 in blocks of ``size`` x ``size``, with a description for each module."""
+
+    def make(weight):
+        stored, exact = block_wise(weight, (size, size))
+        return {"": stored[""], "_scale": stored["_scale_inv"][:, None, :, None]}, exact
+
+    return Producer({"quant_method": "modelopt", "quant_algo": "FP8_PB_WO", "group_size": size}, make)
+
+
+@pytest.mark.parametrize("layout", ["transformers", "vllm", "per_expert"])
+def test_scales_of_four_dimensions_are_kept_and_come_back(tmp_path, layout):
+    quantized("mixtral", tmp_path / "source", four_dimensional(16), small_mixtral())
+    amc.convert_checkpoint(tmp_path / "source", tmp_path / "made", layout=layout)
+    assert_same(dict(amc.load_state_dict(tmp_path / "made")), dict(amc.load_state_dict(tmp_path / "source")))
+    assert config_of(tmp_path / "made")["quantization_config"] == four_dimensional(16).config
+    amc.convert_checkpoint(tmp_path / "made", tmp_path / "back", layout="per_expert")
+    assert_same(tensors_of(tmp_path / "back"), tensors_of(tmp_path / "source"))
+
+
+def test_scales_of_four_dimensions_are_not_transposed(tmp_path):
+    quantized("mixtral", tmp_path / "source", four_dimensional(16), small_mixtral())
+    with pytest.raises(amc.UnsupportedError, match="its scales cannot be combined"):
+        amc.convert_checkpoint(tmp_path / "source", tmp_path / "made", layout="nemo")

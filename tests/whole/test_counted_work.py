@@ -7,6 +7,7 @@ becomes cheaper.
 
 from __future__ import annotations
 
+import json
 import resource
 import sys
 from collections import Counter
@@ -20,11 +21,14 @@ pytest.importorskip("transformers", reason="needs models and rules of transforme
 import automodel_conv as amc
 from automodel_conv.cli.demo import DemoModel
 from automodel_conv.cli.demo_process import write_checkpoint
+from automodel_conv.cli.forecast import forecast
 from automodel_conv.cli.measuring import ready_memory
 from automodel_conv.execution import host as cpu
 from automodel_conv.execution import page_calls
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.files import system
+from automodel_conv.schedule import decoding
+from benchmarks.full_size import DEEPSEEK_V3_FP8, deepseek, fp8, write_headers
 
 FEW, MANY = 32, 96
 
@@ -189,3 +193,41 @@ def test_measuring_costs_a_few_calls_more(large, system_calls, monkeypatch):
     buffers = sum(tensor.nbytes >= 4 << 20 for tensor in loaded.values())
     # Four tries, and one or two calls if a noisy machine changes which size is faster.
     assert system_calls["advise_huge_pages"] <= 2 * buffers + 48
+
+
+def quantized_headers(directory, layers, experts):
+    """Write headers of DeepSeek-V3 in FP8 with fewer layers and experts; matrices keep their size."""
+    config = dict(DEEPSEEK_V3_FP8.config)
+    config |= {"num_hidden_layers": layers, "num_nextn_predict_layers": 0, "first_k_dense_replace": 0}
+    config |= {"n_routed_experts": experts, "n_group": 1, "topk_group": 1}
+    write_headers(directory, deepseek(config, fp8, fp8, kv_scales=False), files=layers)
+    (directory / "config.json").write_text(json.dumps(config))
+    return amc.open_checkpoint(directory)
+
+
+def quantized_work(directory, layers, experts, monkeypatch):
+    """Return Python calls of planning and of a forecast for two ranks, and how often a source is cut into slabs."""
+    checkpoint = quantized_headers(directory, layers, experts)
+    amc.compile_plan(checkpoint)  # all imports and caches
+    planning, plan = python_calls(lambda: amc.compile_plan(checkpoint))
+    forecast(checkpoint, plan, {"ep": 2})
+    cuts = []
+    stock = decoding.slabs
+    with monkeypatch.context() as patched:
+        patched.setattr(decoding, "slabs", lambda *arguments: cuts.append(arguments) or stock(*arguments))
+        forecasting, _ = python_calls(lambda: forecast(checkpoint, plan, {"ep": 2}))
+    return planning, forecasting, len(cuts)
+
+
+def test_work_for_a_mesh_of_quantized_experts(tmp_path_factory, monkeypatch):
+    """Check that each geometry is cut once on a rank, and bounds of the calls for each quantized tensor.
+
+    A tensor of 14.7 million codes is decoded in a dozen slabs. Neither their number nor the number of layers counts.
+    """
+    few, many, deep = (
+        quantized_work(tmp_path_factory.mktemp("quantized"), *size, monkeypatch) for size in ((1, 32), (1, 96), (3, 32))
+    )
+    assert few[2] == many[2] == deep[2] <= 2 * 10  # two ranks; attention and shared experts have most geometries
+    tensors = 3 * (96 - 32)
+    assert (many[0] - few[0]) / tensors <= 33, "planning, with the scales"
+    assert (many[1] - few[1]) / tensors <= 68, "forecasting"

@@ -88,6 +88,17 @@ def fine_grained(block: tuple[int, int], suffix: str = "_scale_inv", scale_dtype
     return make
 
 
+def int8(scale_dtype: torch.dtype, dims: int) -> Make:
+    """INT8, one scale per row: ``[rows, 1]`` of compressed-tensors, ``[rows]`` of modelopt and Quark."""
+
+    def make(shape: Shape, random: torch.Generator) -> tuple[Stored, Tensor]:
+        codes = torch.randint(-128, 128, shape, dtype=torch.int8, generator=random)
+        scales = float_scales((shape[0], 1), random).to(scale_dtype)
+        return {"": codes, "_scale": scales if dims == 2 else scales[:, 0]}, codes.double() * scales.double()
+
+    return make
+
+
 def fp8_shards(shape: Shape, random: torch.Generator) -> tuple[Stored, Tensor]:
     """Return a shard of Qwen3.8-Flash-Next's n-gram embedding: FP8, and a bfloat16 scale that all shards share.
 
@@ -275,6 +286,17 @@ def _compressed(stored_format: str, divisor: float | None = None, **weights: Any
     return Format(by(producer), dict(producer.config) | settings)
 
 
+def _compressed_int8() -> Format:
+    """Source: compressed-tensors 0.20.1, ``compressors/naive_quantized`` (int-quantized)."""
+    weights = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True, "dynamic": False}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
+    settings = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {"group_0": group}}
+    return Format(
+        int8(torch.bfloat16, 2),
+        settings | {"quantization_status": "compressed", "ignore": ["lm_head", "re:.*self_attn.*"]},
+    )
+
+
 def _modelopt(algorithm: str, **settings: Any) -> dict[str, Any]:
     return {"quant_method": "modelopt", "quant_algo": algorithm, **settings}
 
@@ -312,6 +334,7 @@ FORMATS: dict[str, Format] = {
         mxfp4("_scale", torch.uint8, torch.uint8, "_packed"),
         _compressed("mxfp4-pack-quantized", **FLOAT4, **_MX).settings,
     ),
+    "compressed-tensors INT8": _compressed_int8(),
     "fbgemm_fp8": Format(per_channel("_scale"), {"quant_method": "fbgemm_fp8"}),
     "ModelOpt FP8": Format(modelopt_fp8, _modelopt("FP8")),
     "ModelOpt FP8 per channel": Format(per_channel("_scale", dims=1), _modelopt("FP8_PER_CHANNEL_PER_TOKEN")),
@@ -320,6 +343,8 @@ FORMATS: dict[str, Format] = {
     "ModelOpt NVFP4": Format(nvfp4(), _modelopt("NVFP4", group_size=16)),
     "ModelOpt W4A16_NVFP4": Format(nvfp4(False), _modelopt("W4A16_NVFP4", group_size=16)),
     "ModelOpt NVFP4 of Llama-4": Format(llama4_nvfp4, _modelopt("NVFP4", group_size=16)),
+    "ModelOpt MXFP4": Format(mxfp4("_scale", torch.uint8, torch.uint8), _modelopt("W4A8_MXFP4_FP8")),
+    "ModelOpt W8A16": Format(int8(torch.float32, 1), _modelopt("W8A16")),
     "Inkling2Loop NVFP4": Format(inkling2_loop_nvfp4, {}),
     "Inkling2Loop MXFP8": Format(inkling2_loop_mxfp8, {}),
     "Quark MXFP4": Format(
@@ -330,6 +355,7 @@ FORMATS: dict[str, Format] = {
         fine_grained((128, 128), "_scale"),
         _quark(dtype="fp8_e4m3", qscheme="per_block", block_size=[128, 128], scale_type="float32"),
     ),
+    "Quark INT8": Format(int8(torch.float32, 1), _quark(dtype="int8", qscheme="per_channel", ch_axis=0)),
     "GPTQ": Format(gptq, {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": False}),
     "AWQ": Format(awq, {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}),
 }

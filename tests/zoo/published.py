@@ -8,7 +8,7 @@ names of draft layers, the patterns that the models of transformers 5.24.0 ignor
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tests.zoo import configs
@@ -51,18 +51,16 @@ class Published:
     """Whether each expert is a tensor of its own although the type is published grouped."""
     has_layouts: bool = True
     """Whether the model states the layout of its experts, so that others can be made from it."""
-    saved_transposed: bool = False
-    """Whether transformers saves experts as its model has them, which is transposed against what is published."""
+    saved_otherwise: bool = False
+    """Whether transformers saves other names than the published ones, or experts that are transposed."""
     recipe: str | None = None
     """The name in ``automodel_conv.recipes`` of the rules, where transformers does not know the model type."""
-    refused: str | None = None
-    """A pattern of the error, if the checkpoint is not read."""
     undivided: str | None = None
     """A pattern of weights that blocks do not divide, which transformers reads as if they were equal blocks."""
     hook: str = ""
     """A pattern of the hook's error, where transformers would load nonsense; ``"left"`` where it keeps codes itself."""
-    loads_as: str | None = None
-    """``model_type`` under which transformers has the model, where it does not know the published one."""
+    readable: Mapping[str, Any] = field(default_factory=dict)
+    """Changes of ``config.json`` with which transformers builds the model, where it cannot build the published one."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +227,7 @@ PUBLISHED: tuple[Published, ...] = (
     Published(
         name="Qwen/Qwen3-VL-30B-A3B-Instruct",
         config=configs.qwen3_vl_moe(),
-        saved_transposed=True,
+        saved_otherwise=True,
         special="experts grouped and transposed; a vision tower",
     ),
     Published(
@@ -257,6 +255,17 @@ PUBLISHED: tuple[Published, ...] = (
         modelopt=_modelopt_file(["lm_head", "model.visual*", "mtp*"], "0.0.1.dev752"),
         draft=QWEN_DRAFT,
         cache_scales=True,
+    ),
+    Published(
+        name="bryce-hoehn/Qwen3.5-18B-REAP-A3B-Coding",
+        config=configs.qwen3_5_moe_text(
+            architectures=["Qwen3_5MoeForConditionalGeneration"], dtype="float16", tie_word_embeddings=False
+        ),
+        readable={"architectures": ["Qwen3_5MoeForCausalLM"]},
+        renames=((r"^model\.", "model.language_model."),),
+        divides_experts=True,
+        saved_otherwise=True,
+        special="the text part only, under the names of the whole model and with its class in the config",
     ),
     Published(
         name="deepseek-ai/DeepSeek-V3",
@@ -371,7 +380,7 @@ PUBLISHED: tuple[Published, ...] = (
         special="remote code; the names of DeepSeek-V3",
         formats=((_PROJ, BLOCK_FP8),),
         settings=_fp8(),
-        loads_as="deepseek_v3",
+        readable={"model_type": "deepseek_v3"},
     ),
     Published(
         name="moonshotai/Kimi-K2.5",

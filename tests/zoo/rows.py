@@ -52,7 +52,6 @@ OF_A_MATRIX = No("one scale for a whole matrix", "its scales cannot be combined"
 OF_A_ROW = No("blocks of one row, which a transposed layout cannot have", "its scales would not fit the config")
 OF_ONE_DIMENSION = No("the scales of rows have one dimension", "its scales cannot be combined")
 OF_FOUR_DIMENSIONS = No("the scales have four dimensions", "its scales cannot be combined")
-SHARDS = No("shards are joined as values only", "cannot be cast for .*ngram_embedding")
 OWN_NAMES = No("scales are not named after the weight", "are not named after it")
 NO_QUANTIZER = No("transformers has no quantizer of it", "transformers would load codes of quantized tensors as values")
 NO_RULE = No("transformers has no rule that groups these experts", "transformers would initialize the experts")
@@ -126,12 +125,12 @@ ROWS: tuple[Row, ...] = (
         "Qwen3.8-Flash-Next-FP8, its n-gram embedding",
         config=configs.qwen4_exp_text(),
         weights=r"ngram_embedding\.shard_\d+\.weight$",
-        codes_laid_out=SHARDS,
     ),
     _row("FP4 experts of DeepSeek", "DeepSeek-V4-Flash, V4.1-Flash", codes_laid_out=PACKED),
     _row("MXFP4 of gpt-oss", "gpt-oss", config=one_layer(configs.gpt_oss()), weights=FUSED, codes_laid_out=PACKED),
     _row("compressed-tensors INT4", "Kimi-K2-Thinking, Kimi-K2.5", codes_laid_out=PACKED),
     _row("compressed-tensors INT4 with zero points", "RedHatAI's W4A16_ASYM", codes_laid_out=PACKED),
+    _row("compressed-tensors INT8", "RedHatAI's W8A8", codes_laid_out=OF_A_ROW),
     _row("compressed-tensors FP8", "RedHatAI's FP8-dynamic", codes_laid_out=OF_A_ROW),
     _row(
         "compressed-tensors FP8 of Granite, per expert",
@@ -151,6 +150,8 @@ ROWS: tuple[Row, ...] = (
     _row(
         "ModelOpt FP8_PB_WO", "ModelOpt's users, for TensorRT-LLM", codes_laid_out=OF_FOUR_DIMENSIONS, hook=NO_QUANTIZER
     ),
+    _row("ModelOpt MXFP4", "ModelOpt's users", codes_laid_out=PACKED, hook=NO_QUANTIZER),
+    _row("ModelOpt W8A16", "ModelOpt's users", codes_laid_out=OF_ONE_DIMENSION, hook=NO_QUANTIZER),
     _row("ModelOpt MXFP8", "MiniMax-M3-NVFP4, outside its experts", codes_laid_out=OF_A_ROW, hook=NO_QUANTIZER),
     _row("ModelOpt W4A16_NVFP4", "ModelOpt's users", codes_laid_out=PACKED, hook=NO_QUANTIZER),
     _row(
@@ -196,6 +197,7 @@ ROWS: tuple[Row, ...] = (
     ),
     _row("Quark MXFP4", "amd's MXFP4", codes_laid_out=PACKED, hook=QUARK),
     _row("Quark FP8", "amd's FP8", hook=QUARK),
+    _row("Quark INT8", "amd's INT8", codes_laid_out=OF_ONE_DIMENSION, hook=QUARK),
     _row("GPTQ", "Qwen's GPTQ-Int4, and many others", codes_laid_out=PACKED, hook=GPTQ),
     _row("AWQ", "many on the Hub", codes_laid_out=PACKED, hook=AWQ),
 )

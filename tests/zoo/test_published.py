@@ -16,7 +16,7 @@ from automodel_conv.testing import assert_bytes_equal
 from tests.comparing import assert_same_in_order
 from tests.zoo.published import PUBLISHED, QUICK
 from tests.zoo.ranks import assert_ranks_read_their_parts
-from tests.zoo.writing import is_known, write
+from tests.zoo.writing import is_known, is_recent, write
 
 pytestmark = pytest.mark.sweep
 
@@ -36,21 +36,13 @@ def case(request, tmp_path_factory):
 
 
 @pytest.fixture
-def read(case):
-    """Return the case of a checkpoint that the package reads."""
-    if case[0].refused:
-        pytest.skip("not read: another test checks the error")
-    return case
-
-
-@pytest.fixture
 def options(case):
     record, _, _ = case
     return {} if record.recipe is None else {"rules": getattr(amc.recipes, record.recipe)()}
 
 
-def test_state_dict_equals_that_of_the_twin(read, options):
-    _, written, upstream = read
+def test_state_dict_equals_that_of_the_twin(case, options):
+    _, written, upstream = case
     loaded = amc.load_state_dict(written.directory, **options)
     check = assert_same if options else assert_same_in_order  # a recipe knows no order
     check(loaded, upstream.state_dict())
@@ -58,11 +50,11 @@ def test_state_dict_equals_that_of_the_twin(read, options):
     assert not loaded.report.fallbacks
 
 
-def test_model_on_meta_equals_the_twin(read):
-    _, written, upstream = read
+def test_model_on_meta_equals_the_twin(case):
+    _, written, upstream = case
     config = AutoConfig.from_pretrained(written.twin)
     with torch.device("meta"):
-        model = written.model_class._from_config(config, dtype=torch.bfloat16)
+        model = written.model_class._from_config(config, dtype=upstream.dtype)
     report = amc.load_model(model, written.directory)
     assert not report.missing_keys
     for name, tensor in upstream.state_dict().items():
@@ -70,8 +62,8 @@ def test_model_on_meta_equals_the_twin(read):
 
 
 @pytest.mark.parametrize("layout", ["nemo", "gpt_oss", "vllm"])
-def test_layouts_are_those_of_the_loaded_experts(read, options, layout):
-    record, written, upstream = read
+def test_layouts_are_those_of_the_loaded_experts(case, options, layout):
+    record, written, upstream = case
     if not record.has_layouts:
         with pytest.raises(amc.UnsupportedError, match="does not state their layout"):
             amc.load_state_dict(written.directory, layout=layout, **options)
@@ -83,13 +75,13 @@ def test_layouts_are_those_of_the_loaded_experts(read, options, layout):
     assert_same(loaded, expected)
 
 
-def test_ranks_read_their_parts(read, options):
-    _, written, upstream = read
+def test_ranks_read_their_parts(case, options):
+    _, written, upstream = case
     assert_ranks_read_their_parts(written.directory, upstream.state_dict(), **options)
 
 
-def test_converted_on_disk_and_back(read, options, tmp_path):
-    record, written, upstream = read
+def test_converted_on_disk_and_back(case, options, tmp_path):
+    record, written, upstream = case
     decode = {"dequantize": True} if record.formats else {}
     there, back = ({"layout": "nemo"}, {"layout": "per_expert"}) if record.has_layouts else ({}, {})
     amc.convert_checkpoint(written.directory, tmp_path / "there", **there, **decode, **options)
@@ -97,22 +89,14 @@ def test_converted_on_disk_and_back(read, options, tmp_path):
     amc.convert_checkpoint(tmp_path / "there", tmp_path / "back", **back, **options)
     loaded = amc.load_state_dict(tmp_path / "back", **options)
     assert_same(loaded, upstream.state_dict())
-    if not record.formats and not record.saved_transposed:
+    if not record.formats and not record.saved_otherwise:
         amc.verify_checkpoint(written.directory, tmp_path / "back", **options)
     else:
         assert "quantization_config" not in json.loads((tmp_path / "back" / "config.json").read_text())
         assert not (tmp_path / "back" / "hf_quant_config.json").exists()
 
 
-def test_checkpoints_that_are_not_read_are_one_short_error(case, options):
-    record, written, _ = case
-    if not record.refused:
-        return
-    with pytest.raises((amc.UnsupportedError, amc.QuantizationError), match=record.refused) as raised:
-        amc.load_state_dict(written.directory, **options)
-    assert len(str(raised.value).splitlines()) < 20
-
-
+@pytest.mark.skipif(not is_recent(), reason="this transformers decodes less")
 def test_from_pretrained_loads_the_same_with_and_without_the_hook(case):
     record, written, twin = case
     if record.hook == "left":

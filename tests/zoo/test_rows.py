@@ -15,8 +15,9 @@ import automodel_conv as amc
 from automodel_conv.testing import assert_bytes_equal
 from tests.zoo.ranks import assert_ranks_read_their_parts
 from tests.zoo.rows import COLUMNS, PAGE, ROWS, page
-from tests.zoo.writing import is_known, write
+from tests.zoo.writing import is_known, is_recent, write
 
+pytestmark = pytest.mark.skipif(not is_recent(), reason="the table tells of a recent transformers")
 LAYOUTS = ("nemo", "gpt_oss", "vllm")
 
 

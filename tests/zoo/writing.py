@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel
@@ -45,7 +47,9 @@ def write(record: Published, directory: Path) -> Written:
     model = build_published(readable_config(record), directory / "model")
     write_checkpoint(model, directory / "model", 1 << 40)
     saved = load_file(directory / "model" / "model.safetensors")
-    tensors = {renamed(name, record.renames): tensor for name, tensor in saved.items()}
+    dtype = getattr(torch, record.config.get("dtype", "bfloat16"))
+    stated = {name: tensor.to(dtype) if tensor.dtype == torch.bfloat16 else tensor for name, tensor in saved.items()}
+    tensors = {renamed(name, record.renames): tensor for name, tensor in stated.items()}
     if record.draft is not None:
         tensors |= drafted(tensors, record.draft)
     names = list(tensors)
@@ -59,15 +63,19 @@ def write(record: Published, directory: Path) -> Written:
     return Written(directory / "published", directory / "twin", stored, type(model))
 
 
+def is_recent() -> bool:
+    """Return whether the installed transformers is recent: older ones decode less, and have other errors."""
+    return Version(transformers.__version__) >= Version("5.23")
+
+
 def is_known(record: Published) -> bool:
     """Return whether the installed transformers has the model type."""
     return readable_config(record)["model_type"] in CONFIG_MAPPING
 
 
 def readable_config(record: Published) -> dict[str, Any]:
-    """Return the config without quantization, under a model type that transformers has."""
-    config = copy.deepcopy(dict(record.config))
-    return config if record.loads_as is None else config | {"model_type": record.loads_as}
+    """Return the config without quantization, as transformers can read it."""
+    return copy.deepcopy({**record.config, **record.readable})
 
 
 def published_config(record: Published) -> dict[str, Any]:

@@ -41,6 +41,6 @@ FP8 = Method(
     schemes=_schemes,
     codes=(*FP8_CODES, Packing("", "I8", "e2m1"), Packing("", "F4", "e2m1")),
     scales=("_scale_inv", "_scale", ".scale", ".qscale_weight"),
-    shared=re.compile(r"(?:^|\.)ngram_embedding(\.shard_\d+)?\.weight$"),
+    shared=re.compile(r"ngram_embedding(\.shard_\d+)?\.weight$"),
     dropped=(".activation_scale", "_activation_scale", ".input_scale", ".qscale_act"),
 )

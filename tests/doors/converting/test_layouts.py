@@ -15,6 +15,7 @@ from automodel_conv.testing import address_valued
 from tests.comparing import assert_same, tensors_of
 
 try:
+    from transformers import CONFIG_MAPPING
     from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
     from tests.model_zoo import build_model, write_checkpoint
@@ -219,3 +220,14 @@ def test_experts_larger_than_the_scratch_are_the_same_bytes(tmp_path, layout, dt
     back = {"rules": merging(), "layout": "per_expert", "source_layout": layout, "dtype": torch.bfloat16}
     amc.convert_checkpoint(tmp_path / "out", tmp_path / "back", scratch_bytes=1 << 16, threads=threads, **back)
     assert_same(tensors_of(tmp_path / "back"), tensors)
+
+
+@needs_transformers
+@pytest.mark.parametrize("name", ["mixtral", "nemotron_h", "ernie4_5_vl_moe", "inkling2_text", "inkling2_loop"])
+def test_published_form_stays_as_it_is(name, tmp_path):
+    """Check it also for Inkling2, with names that its reversed rules would change again."""
+    if name not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {name}")
+    write_checkpoint(build_model(name), tmp_path / "published")
+    amc.convert_checkpoint(tmp_path / "published", tmp_path / "out", layout="per_expert")
+    assert_same(tensors_of(tmp_path / "out"), tensors_of(tmp_path / "published"))
