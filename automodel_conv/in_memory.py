@@ -26,6 +26,7 @@ from automodel_conv.execution.memory import convert_tensors, is_unchanged
 from automodel_conv.execution.new_memory import NewMemory
 from automodel_conv.execution.report_text import count_row, text_of
 from automodel_conv.files.checkpoint import open_checkpoint
+from automodel_conv.planning.kept_codes import refuse_codes_without_scales
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.publishing.saved import not_saved
 from automodel_conv.upstream.models import state_table, tied_names
@@ -106,6 +107,7 @@ def convert_state_dict(
         state_table(state_dict), model=model, rules=rules, layout=layout, source_layout=source_layout
     )
     problems.raise_unless_fit("the state dict")
+    refuse_codes_without_scales(plan)
     converted = _run(plan, state_dict, out, backend)
     if model is not None:
         ties = tied_names(model)
@@ -170,6 +172,7 @@ def revert_state_dict(
     model = None if model is None else plain_model(model)
     opened = None if reference is None else open_checkpoint(reference)
     plan = saving_plan(state_table(state_dict), model=model, rules=rules, layout=layout, reference=opened)
+    refuse_codes_without_scales(plan)
     reverted = _run(plan, state_dict, out, backend)
     return _with_report(reverted, [*_without_ties(plan, state_dict), *not_saved(None, opened, reverted)])
 
