@@ -91,7 +91,8 @@ def convert_state_dict(
         ConversionError: a tensor of ``out`` is missing, does not fit, or shares memory with another one or a source
             (unless it is that source, unchanged); or the tensors are on several devices and ``out`` is not given.
         UnsupportedError: a layout or backend is unknown, "triton" is given for tensors that kernels cannot access, a
-            tensor is distributed, or the model or ``state_dict`` has PEFT adapters.
+            tensor is distributed, codes would be separated from their scales, or the model or ``state_dict`` has PEFT
+            adapters.
 
     Example:
         >>> import torch
@@ -153,8 +154,8 @@ def revert_state_dict(
         NameProblems: the tensors do not fit ``reference`` or the rules.
         CoverageError: a tensor of ``reference`` is only partly in ``state_dict``.
         UnsupportedError: grouped experts have names that the rules do not match, a layout or backend is unknown,
-            "triton" is given for tensors that kernels cannot access, a tensor is distributed, or the model or
-            ``state_dict`` has PEFT adapters.
+            "triton" is given for tensors that kernels cannot access, a tensor is distributed, codes would be separated
+            from their scales, or the model or ``state_dict`` has PEFT adapters.
         ConversionError: a tensor of ``out`` is missing, does not fit, or shares memory with another one or a source
             (unless it is that source, unchanged); or the tensors are on several devices and ``out`` is not given.
 

@@ -167,7 +167,7 @@ def save_checkpoint(
         UnsupportedError: the tensors cannot be saved: they are offloaded, quantized by transformers, or lazily
             conjugated or negated, or the model has PEFT adapters or flat FSDP1 parameters; or extra state is not a
             tensor; or grouped experts have names that the rules do not match; or ``carry`` has other experts, or the
-            same ones in a form that the rules do not read.
+            same ones in a form that the rules do not read; or codes would be separated from their scales.
         DestinationError: the directory holds a checkpoint already, or another process writes to it.
         WriteError: the disk is full, or the system reports another error.
         ConversionError: the system has no more memory or threads.

@@ -144,8 +144,9 @@ def compile_plan(
         NameProblems: names or shapes do not fit; lists all of them.
         QuantizationError: parts of quantized tensors are missing, or contradict each other or the config; lists all of
             them.
-        UnsupportedError: a layout is unknown, the layout of experts is ambiguous, a quantization is not supported, or
-            codes would fill a target that expects values; or the model has PEFT adapters, or flat FSDP1 parameters.
+        UnsupportedError: a layout is unknown, the layout of experts is ambiguous, a quantization is not supported,
+            codes would fill a target that expects values, or their scales cannot follow them; or the model has PEFT
+            adapters, or flat FSDP1 parameters.
 
     Example:
         >>> import torch

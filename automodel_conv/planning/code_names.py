@@ -88,7 +88,7 @@ def _codes_with_parts(table: SourceTable) -> Iterator[tuple[str, list[str]]]:
                 owners = [weight] if whole in (None, weight) else [weight, whole]
                 if any(part_name(owner, scale) in names for owner in owners for scale in method.scales):
                     suffixes = (*method.scales, *method.global_scale, method.global_divisor, *method.dropped)
-                    parts = (part_name(owner, part) for owner in owners for part in suffixes if part)
+                    parts = (part_name(owner, part) for part in suffixes if part for owner in owners)
                     yield name, [part for part in parts if part in names]
 
 
