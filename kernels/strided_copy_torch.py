@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from automodel_conv.errors import ConversionError, message
-from automodel_conv.kernels.transpose_torch import transpose_torch
+from automodel_conv.kernels.transpose_torch import is_worth_panels, transpose_torch
 
 
 @torch.no_grad()
 def strided_copy_torch(dst: Sequence[Tensor], src: Sequence[Tensor]) -> None:
     """Copy tensors: ``dst[k].copy_(src[k])`` for each ``k``, several times faster if the two have different orders.
 
-    If both tensors of a pair are fastest along the same dimension, this is ``copy_``. Otherwise ``transpose_torch``
-    moves their two fast dimensions, one matrix for each index of the other dimensions.
+    If both tensors of a pair are fastest along the same dimension, or their two fast dimensions are short, this is
+    ``copy_``. Otherwise ``transpose_torch`` moves these dimensions, one matrix for each index of the others.
 
     Args:
         dst: destinations of any rank and strides, which do not overlap each other or any source.
@@ -58,6 +58,9 @@ def strided_copy_torch(dst: Sequence[Tensor], src: Sequence[Tensor]) -> None:
         d_fast, s_fast = _fastest_dim(d), _fastest_dim(s)
         # copy_ raises if it would write an address twice. The matrices below would hide that, so it must see the whole.
         if d_fast is None or s_fast is None or d_fast == s_fast or 0 in d.stride():
+            d.copy_(s)
+            continue
+        if not is_worth_panels(d, s, (d.shape[s_fast], d.shape[d_fast])):  # there may be millions of small matrices
             d.copy_(s)
             continue
         matrices = [(d.movedim((s_fast, d_fast), (-2, -1)), s.movedim((d_fast, s_fast), (-2, -1)))]

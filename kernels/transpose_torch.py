@@ -73,7 +73,7 @@ def transpose_torch(dst: Sequence[Tensor], src: Sequence[Tensor]) -> None:
     index = 0
     while index < len(dst):
         whole, lanes = dst[index], 1
-        if _is_worth_panels(whole, src[index]):
+        if is_worth_panels(whole, src[index], whole.shape):
             lanes = _interleaved_lanes(dst, src, index)
             if lanes > 1:
                 columns, rows = whole.shape
@@ -89,10 +89,11 @@ def halves(matrices: Sequence[Tensor]) -> list[Tensor]:
     return [matrix[:, half::2] for matrix in matrices for half in (0, 1)]
 
 
-def _is_worth_panels(dst: Tensor, src: Tensor) -> bool:
+def is_worth_panels(dst: Tensor, src: Tensor, matrix: tuple[int, int]) -> bool:
+    """Return whether panels transpose matrices of this shape, from ``src`` to ``dst``, faster than ``copy_``."""
     return (
-        min(dst.shape) >= _SMALLEST_SIDE
-        and dst.numel() >= _SMALLEST_NUMEL
+        min(matrix) >= _SMALLEST_SIDE
+        and matrix[0] * matrix[1] >= _SMALLEST_NUMEL
         and dst.element_size() in _INTEGERS
         and dst.device.type == src.device.type == "cpu"
     )

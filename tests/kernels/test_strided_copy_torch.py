@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from automodel_conv.errors import ConversionError
 from automodel_conv.kernels import strided_copy_torch as strided_copy
@@ -156,3 +157,24 @@ def test_destination_that_repeats_an_address_is_refused(shape):
     src = torch.ones(*dst.shape[:-2], 64, 80).transpose(-2, -1)
     with pytest.raises(RuntimeError, match="single memory location"):
         strided_copy_torch([dst], [src])
+
+
+class CopiesCounted(TorchDispatchMode):
+    """Counts the calls of ``copy_``."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += func is torch.ops.aten.copy_.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("rows", "words", "copies"), [(64, 8, 1), (1, 1, 1), (0, 8, 1)])
+def test_many_small_transposes_are_one_copy(rows, words, copies):
+    """Check the words of AWQ in a transposed layout: 2 x 4 matrices, of which a model has hundreds of millions."""
+    src = torch.arange(rows * words * 8).view(rows, words, 2, 4)
+    dst = torch.full((rows, words, 4, 2), -1).transpose(2, 3)
+    with CopiesCounted() as counted:
+        strided_copy_torch([dst], [src])
+    assert counted.calls == copies
+    assert torch.equal(dst, src)
