@@ -111,7 +111,7 @@ def test_verifying_with_other_options_suggests_to_decode(tmp_path, decoded, layo
     command = ["verify", str(tmp_path / "quantized"), str(tmp_path / "made"), *(["--layout", layout] if layout else [])]
     result = CliRunner().invoke(app, [*command, *([] if decoded else ["--dequantize"])])
     assert result.exit_code == 1
-    options = "--no-model, --recipe, --layout, --dtype, --dequantize, --drop"
+    options = "--no-model or --recipe, --layout, --dtype, --dequantize, --drop"
     option = "--dequantize" if decoded else "leaving --dequantize out"
     assert f"do:       pass the options of the conversion: {options}; {found} {option}\n" in result.stderr
 
