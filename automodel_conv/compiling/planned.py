@@ -90,12 +90,15 @@ def load_plan(
             raise codes_without_config(codes, checkpoint)
         values = decoded_table(checkpoint, needs_values=True)
         plan, problems = plan_for(values, dtype)
+        coded = [target for target in plan.targets if not values.decodes.keys().isdisjoint(target.sources)]
+        if all(target.rule == -1 and target.name == values.names[target.sources[0]] for target in coded):
+            return plan_for(table, dtype)  # all codes stay as stored, in any format
         scales_for = lambda scales: without_casts(plan_for(scales, None, produce_all=True)[0])  # noqa: E731
         return kept_plan(config, table, values, plan, scales_for), problems
 
     # A quantizer has rules for scales of its own.
     codes = None if settings.dequantize or (quantizer is not None and rules is None) else has_codes(table)
-    only_renames = layout is None and layout_read is None and not RuleSet(rules).converters
+    only_renames = layout is None and layout_read in (None, PER_EXPERT) and not RuleSet(rules).converters
     if codes is None or model is not None or only_renames:
         plan, problems = plan_for(table, dtype)
         if codes is not None and model is not None:

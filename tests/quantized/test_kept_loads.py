@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("transformers", reason="recipes return transformers' rule objects")
 
+from safetensors.torch import save_file
 from torch.distributed.tensor import Shard
 from transformers.core_model_loading import WeightRenaming
 
@@ -20,6 +21,7 @@ from automodel_conv.planning.sharding import placed
 from automodel_conv.recipes import kimi_k2
 from automodel_conv.testing import assert_bytes_equal
 from tests.comparing import assert_same, tensors_of
+from tests.quantized.producers import PRODUCERS
 from tests.quantized.test_kept_codes import qwen
 from tests.quantized.test_models import fine_grained, keeping, quantized
 from tests.recipes.support import write
@@ -109,6 +111,21 @@ def test_packed_codes_are_refused_with_advice(int4, layout):
     text = advice(lambda: int4.load(layout=layout))
     assert "dequantize=True decodes them to values; rules=[] keeps everything as stored" in text
     assert_same(int4.load(rules=[]), tensors_of(int4.path))
+
+
+@pytest.mark.parametrize("layout", KEPT_LAYOUTS)
+@pytest.mark.parametrize("scheme", ["int4 g32", "gptq", "awq", "nvfp4", "fp8 128x128"])
+def test_codes_that_no_rule_or_layout_moves_stay_as_stored(tmp_path, scheme, layout):
+    quantized("", tmp_path, PRODUCERS[scheme], qwen(hidden=64, intermediate=32))
+    decoded = amc.load_state_dict(tmp_path, rules=[])
+    values = {name: tensor for name, tensor in decoded.items() if ".experts." in name}
+    codes = {name: tensor for name, tensor in tensors_of(tmp_path).items() if ".experts." not in name}
+    save_file(codes | values, tmp_path / "model.safetensors")
+    rules = amc.get_checkpoint_conversion_mapping("qwen3_moe")
+    loaded = dict(amc.load_state_dict(tmp_path, rules=rules, layout=layout, dequantize=False))
+    experts = amc.convert_state_dict(values, rules=rules, layout=layout)
+    assert len(experts) == 2
+    assert_same(loaded, codes | dict(experts))
 
 
 def test_blocks_that_are_not_square_are_not_transposed(tmp_path):
