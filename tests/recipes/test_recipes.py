@@ -23,7 +23,7 @@ def test_every_recipe_has_a_type_and_a_public_name():
     assert all(getattr(amc.recipes, recipe.__name__) is recipe for recipe in RECIPES.values())
 
 
-@pytest.mark.parametrize("recipe", {*RECIPES.values()}, ids=lambda recipe: recipe.__name__)
+@pytest.mark.parametrize("recipe", dict.fromkeys(RECIPES.values()), ids=lambda recipe: recipe.__name__)
 def test_each_call_returns_rules_of_its_own(recipe):
     first, second = recipe(), recipe()
     assert len(first) == len(second)
