@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from automodel_conv.errors import QuantizationError, UnsupportedError, message
-from automodel_conv.execution.reading import read_each, read_whole
+from automodel_conv.execution.reading import read_each
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.files.config import CONFIG_NAME, MODELOPT_NAME, Quantization, model_type_of, quantization
 from automodel_conv.planning.code_names import has_codes
@@ -120,23 +120,24 @@ def unpadded_table(checkpoint: Checkpoint, decoded: SourceTable, suspects: Itera
     """
     if checkpoint.is_remote:
         return decoded
+    suspects = list(suspects)
+    shape_rows = {row: checkpoint.position[name] for row, name, _ in suspects if name in checkpoint.position}
+    vectors = [place for row, place in shape_rows.items() if checkpoint.shapes[place] == (len(decoded.shapes[row]),)]
+    true_shapes = dict(zip(vectors, (shape.tolist() for shape in read_each(vectors, checkpoint)), strict=True))
     widths = {}
     for row, shape_name, codes_per_element in suspects:
-        shape_row = checkpoint.position.get(shape_name)
-        if shape_row is None:
+        if row not in shape_rows:
             continue
         *lead, columns = decoded.shapes[row]
-        stored_shape = checkpoint.shapes[shape_row]
-        is_shape = stored_shape == (len(lead) + 1,)
-        true_shape = read_whole(shape_row, checkpoint).tolist() if is_shape else stored_shape
+        true_shape = true_shapes.get(shape_rows[row])
         if true_shape == [*lead, columns]:
             continue
         least = columns - codes_per_element + 1
-        if not is_shape or true_shape[:-1] != lead or true_shape[-1] not in range(least, columns):
+        if true_shape is None or true_shape[:-1] != lead or true_shape[-1] not in range(least, columns):
             text = f"{shape_name} does not fit the packed codes that it is the shape of"
             expected = f"[{', '.join(map(str, lead))}, {least} to {columns}]"
-            where = checkpoint.names[row]
-            raise QuantizationError(message(text, where=where, expected=expected, found=true_shape))
+            found = f"a tensor {list(checkpoint.shapes[shape_rows[row]])}" if true_shape is None else true_shape
+            raise QuantizationError(message(text, where=checkpoint.names[row], expected=expected, found=found))
         widths[row] = int(true_shape[-1])
     return without_padding(decoded, widths)
 

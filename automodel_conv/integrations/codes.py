@@ -40,17 +40,10 @@ def refuse_codes(model: Any, sources: Mapping[str, Any], load_config: Any) -> No
     Raises:
         QuantizationError: the load would misread codes; the error names each tensor, its scale, and its parameter.
     """
-    dtypes = {name: code for name, source in sources.items() if (code := _dtype(source)) not in FLOATING}
-    other_scales = _scales_by_parent(sources)
-    known = CodeNames.of_all_methods()
-    scales = {
-        name: [scale for scale in known.scale_names(name) if scale in sources]
-        or [scale for parent in (name, name.rpartition(".")[0]) for scale in other_scales.get(parent, ())]
-        for name in dtypes
-    }
-    suspects = [name for name, dtype in dtypes.items() if dtype and (scales[name] or known.needs_scale(name, dtype))]
+    suspects = _suspects(sources)
     if not suspects:
         return
+    known = CodeNames.of_all_methods()
     rules = RuleSet(load_config.weight_mapping, model)
     state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     places, filled = _places(list(sources), rules, state)
@@ -59,42 +52,78 @@ def refuse_codes(model: Any, sources: Mapping[str, Any], load_config: Any) -> No
     # transformers only warns about a method that it does not support, and loads as if nothing were quantized.
     is_quantized = method in METHODS or (method is not None and load_config.hf_quantizer is None)
     problems = ProblemKinds()
-    for name in suspects:
+    for name, dtype, scales in suspects:
         place = places.get(name)
         if place is None or not only_moves(rules, place.rule):
             continue
         wanted = dtype_code(planned_dtype(place.target) or state[place.target].dtype)
         into_values = wanted in FLOATING or quantizes(load_config.hf_quantizer, model, place.target)
-        found, becomes = f"{{}} is {dtypes[name]}", f"transformers would cast it for {{}}, which is {wanted}"
-        if scales[name]:
-            if into_values and places.keys().isdisjoint(scales[name]):
-                scale = scales[name][0]
-                kind = f"{found}, its scale is {{}} ({_dtype(sources[scale])}): {becomes}, without the scale"
-                problems.add(kind, name, scale, place.target)
+        stored, becomes = f"{{}} is {dtype}", f"transformers would cast it for {{}}, which is {wanted}"
+        if scales:
+            if into_values and places.keys().isdisjoint(scales):
+                kind = f"{stored}, its scale is {{}} ({_dtype(sources[scales[0]])}): {becomes}, without the scale"
+                problems.add(kind, name, scales[0], place.target)
         elif is_quantized and into_values:
-            problems.add(f"{found}, and it has no known scale: {becomes}", name, place.target)
+            problems.add(f"{stored}, and it has no known scale: {becomes}", name, place.target)
         elif is_quantized:
             kept = [scale for scale in known.scale_names(place.target) if scale in state]
             if kept and filled.isdisjoint(kept):
-                kind = f"{found}, and it has no known scale: transformers would initialize {{}} instead of loading it"
+                kind = f"{stored}, and it has no known scale: transformers would initialize {{}} instead of loading it"
                 problems.add(kind, name, kept[0])
     if problems:
-        raise QuantizationError(
-            message(
-                "transformers would load codes of quantized tensors as values",
-                where=f"a load of {type(model).__name__}, {len(problems)} tensors",
-                expected="a quantizer that loads codes with their scales, as the quantization_config describes",
-                found="\n" + listing(problems.texts(most=20)),
-                do=[
-                    f"{'give config.json' if method is None else 'check that config.json has'} the quantization_config "
-                    "of these files",
-                    "load_model() and load_state_dict() decode what it describes, including methods that transformers "
-                    "does not support",
-                    "uninstall(), or a load outside of the block of accelerate_transformers(), makes transformers "
-                    "load the codes",
-                ],
-            )
+        raise _misread(model, method, problems)
+
+
+class _Suspect(NamedTuple):
+    """A source that may be codes."""
+
+    name: str
+    dtype: str
+    """Dtype code."""
+    scales: list[str]
+    """Names of the sources that may be its scales."""
+
+
+def _suspects(sources: Mapping[str, Any]) -> list[_Suspect]:
+    """Return the sources that have scales, or that must have them."""
+    other_scales = _scales_by_parent(sources)
+    known = CodeNames.of_all_methods()
+    suspects = []
+    for name, source in sources.items():
+        dtype = _dtype(source)
+        if dtype is None or dtype in FLOATING:
+            continue
+        scales = [scale for scale in known.scale_names(name) if scale in sources]
+        scales = scales or [s for parent in (name, name.rpartition(".")[0]) for s in other_scales.get(parent, ())]
+        if scales or known.needs_scale(name, dtype):
+            suspects.append(_Suspect(name, dtype, scales))
+    return suspects
+
+
+def _misread(model: Any, method: str | None, problems: ProblemKinds) -> QuantizationError:
+    """Return the error for codes that transformers would load as values.
+
+    Args:
+        model: model that is loaded.
+        method: quantization method of its config, if any.
+        problems: the misread tensors.
+    """
+    return QuantizationError(
+        message(
+            "transformers would load codes of quantized tensors as values",
+            where=f"a load of {type(model).__name__}, {len(problems)} tensors",
+            expected="a quantizer that loads codes with their scales, as the quantization_config describes",
+            found="\n" + listing(problems.texts(most=20)),
+            do=[
+                f"{'give config.json' if method is None else 'check that config.json has'} the quantization_config "
+                "of these files",
+                "load_model() and load_state_dict() decode what it describes, including methods that transformers "
+                "does not support",
+                "uninstall(), or a load outside of the block of accelerate_transformers(), makes transformers "
+                "load the codes",
+            ],
         )
+    )
 
 
 class _Place(NamedTuple):

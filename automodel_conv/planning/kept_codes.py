@@ -9,7 +9,7 @@ not one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 
@@ -93,33 +93,38 @@ def keep_codes(
         scales = plan_of(_scales_as_weights(stored, decoded, shared_rows))
     except ConversionError as error:
         raise _refused(coded[0].name, f"its scales cannot be combined; {_blocks(coded[0], decoded)}") from error
-    unused_scales = {target.name: target for target in scales.targets}
+    unused = {target.name: target for target in scales.targets}
+    kept = {target.name: target._replace(dtype=stored.dtypes[target.sources[0]]) for target in coded}
     targets: list[Target] = []
-    kept: dict[str, Target] = {}
     for target in values.targets:
-        if target.name not in suffixes and target.name not in shared:
-            targets.append(target)
-            continue
-        kept[target.name] = codes = target._replace(dtype=stored.dtypes[target.sources[0]])
-        targets.append(codes)
-        if target.name in shared:
-            continue
-        scale = unused_scales.pop(target.name, None)
-        if scale is None or scale.fallback is not None:
-            raise _refused(target.name, f"its scales cannot be combined; {_blocks(target, decoded)}")
-        targets.append(scale._replace(name=target.name + suffixes[target.name], rule=target.rule))
+        targets.append(kept.get(target.name, target))
+        if target.name in suffixes:
+            scale = unused.pop(target.name, None)
+            if scale is None or scale.fallback is not None:
+                raise _refused(target.name, f"its scales cannot be combined; {_blocks(target, decoded)}")
+            targets.append(scale._replace(name=target.name + suffixes[target.name], rule=target.rule))
     targets += {scale.name: scale for scale in shared.values()}.values()
-    scale_rows = {decode.scales for decode in decoded.decodes.values()}
-    for name, other in unused_scales.items():
-        if not scale_rows.isdisjoint(other.sources):
-            continue  # the weight of this scale is left out
-        if any(part.isdecimal() for part in name.rpartition("experts.")[2].split(".")[:1]) and kept:
-            raise _refused(name, "it belongs to one expert, and the others are grouped")
-        targets.append(other._replace(rule=-1))
+    targets += _other_parts(unused, decoded)
     plan = replace(values, sources=stored, targets=tuple(targets))
     plan.validate()
     _check_blocks(plan, kept, shared, decoded, read)
     return plan
+
+
+def _other_parts(unused: Mapping[str, Target], decoded: SourceTable) -> Iterator[Target]:
+    """Yield the targets of hidden tensors that are no scales of weights, such as scales of activations.
+
+    Args:
+        unused: targets of the plan of the scales that belong to no target of codes, by name.
+        decoded: see ``keep_codes``.
+    """
+    scale_rows = {decode.scales for decode in decoded.decodes.values()}
+    for name, other in unused.items():
+        if not scale_rows.isdisjoint(other.sources):
+            continue  # the weight of this scale is left out
+        if name.rpartition("experts.")[2].partition(".")[0].isdecimal():
+            raise _refused(name, "it belongs to one expert, and the others are grouped")
+        yield other._replace(rule=-1)
 
 
 def _scales_as_weights(stored: SourceTable, decoded: SourceTable, shared: frozenset[int]) -> SourceTable:

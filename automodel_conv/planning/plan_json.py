@@ -178,7 +178,8 @@ def _reads_inside(decode: Decode, row: int, shapes: Sequence[tuple[int, ...]]) -
         return False
     matrices = prod(lead)
     zero_rows, zero_columns = decode.zero_packing.rows(0, grid_rows)[1], decode.zero_packing.columns(grid_columns)
-    sizes = {matrices * grid_rows * grid_columns}, {zero_rows * zero_columns}, {1, matrices}
+    of_zero_points = {zero_rows * zero_columns} if not lead else set()  # no stack has them
+    sizes = {matrices * grid_rows * grid_columns}, of_zero_points, {1, matrices}
     if decode.global_divisor is not None:
         if decode.global_scale is None or prod(shapes[decode.global_divisor]) != prod(shapes[decode.global_scale]):
             return False

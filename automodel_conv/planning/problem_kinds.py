@@ -1,4 +1,4 @@
-"""Tell many problems of one kind once: the text of the first, two more names, and how many others there are.
+"""Report many problems of one kind once: the text of the first, two more names, and how many others there are.
 
 A fault of a config or of a naming scheme affects every weight. Thousands of equal lines would hide other problems.
 """
@@ -19,7 +19,7 @@ class ProblemKinds:
 
         Args:
             kind: its text, with ``{}`` for each name.
-            names: the names in its text. The first tells the problem from others of its kind.
+            names: the names in its text. The first distinguishes the problem from others of its kind.
         """
         self._by_kind.setdefault(kind, []).append(names)
 
@@ -39,4 +39,4 @@ def _texts(kind: str, problems: list[tuple[str, ...]], most: int) -> list[str]:
     if len(problems) <= most:
         return [kind.format(*names) for names in problems]
     named = ", ".join(first for first, *_ in problems[1:_NAMED])
-    return [f"{kind.format(*problems[0])}; likewise {named} and {len(problems) - _NAMED} more"]
+    return [f"{kind.format(*problems[0])}; the same for {named} and {len(problems) - _NAMED} more"]

@@ -23,9 +23,7 @@ from automodel_conv.planning.arrangement import PLAIN, Arrangement
 from automodel_conv.planning.code_matcher import CodeMatcher
 from automodel_conv.planning.copies import SourceTable, Target
 from automodel_conv.planning.lowering import copies_of
-from automodel_conv.planning.methods.method import (
-    part_name,
-)
+from automodel_conv.planning.methods.method import part_name
 from automodel_conv.planning.methods.table import method_of
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.schemes import KEEP, read_config

@@ -3,8 +3,8 @@
 A config names modules of the model, or patterns of such names. The names of tensors differ from them in a few ways,
 which are tried in this order, the most exact first:
 
-1. the module itself; for a projection that is stored fused, the projections that it is made of; for an expert, the
-   same projection of all experts, with the component "experts" or without
+1. the module itself; for a projection that is stored fused, its parts; for an expert, the same projection of all
+   experts, with the component "experts" or without
 2. a module that contains it, the innermost first
 3. a pattern
 
@@ -43,9 +43,9 @@ class StatedSchemes:
             return []
         module = weight.removesuffix(".weight")
         for names in _lookups(module):
-            found = [scheme for name in names for scheme in self._by_name.get(name, ())]
-            if found:
-                return list(dict.fromkeys(found))
+            stated = [scheme for name in names for scheme in self._by_name.get(name, ())]
+            if stated:
+                return list(dict.fromkeys(stated))
         spellings = list(_spellings(module))
         matching = [scheme for pattern, scheme in self._by_pattern if any(map(pattern.fullmatch, spellings))]
         return list(dict.fromkeys(matching))

@@ -3,12 +3,13 @@
 import json
 from dataclasses import replace
 from functools import reduce
+from math import prod
 from operator import getitem
 
 import pytest
 
 from automodel_conv.errors import ConversionError, CoverageError, UnsupportedError
-from automodel_conv.planning.boxes import Box, Piece
+from automodel_conv.planning.boxes import Box, Piece, run_of
 from automodel_conv.planning.copies import Decode, SourceTable, StridedCopy, Target, group_pieces
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.quantization import arranged_plan, quantized_table
@@ -107,6 +108,20 @@ def test_global_scale_is_one_or_one_for_each_matrix(matrices, fits):
     else:
         with pytest.raises(UnsupportedError, match="the parts of w do not fit"):
             CopyPlan.from_json(json.dumps(data))
+
+
+def test_stack_has_no_zero_points():
+    decode = Decode("int4", (8, 8), (1, 8), 1, zero_points=2)
+    for shape, fits in (((8, 8), True), ((2, 8, 8), False)):
+        numel = prod(shape)
+        table = SourceTable(["w", "s", "z"], ["BF16", "BF16", "I32"], [shape, (*shape[:-1], 1), (1, 1)], {0: decode})
+        target = Target("w", "BF16", shape, -1, (0,), group_pieces([Piece(0, run_of(numel), 0, 0)]))
+        text = CopyPlan(table, (target,)).to_json()
+        if fits:
+            assert CopyPlan.from_json(text).sources.decodes == table.decodes
+        else:
+            with pytest.raises(UnsupportedError, match="the parts of w do not fit"):
+                CopyPlan.from_json(text)
 
 
 def test_copies_that_are_no_box_are_proved_piece_by_piece():

@@ -21,14 +21,14 @@ def test_few_problems_of_one_kind_are_told_one_by_one(count):
 
 @pytest.mark.parametrize(("count", "more"), [(4, 1), (33_024, 33_021)])
 def test_many_problems_of_one_kind_are_one_text_with_three_names_and_a_count(count, more):
-    text = f"a0 has no scale: no tensor is named a0_scale; likewise a1, a2 and {more} more"
+    text = f"a0 has no scale: no tensor is named a0_scale; the same for a1, a2 and {more} more"
     assert scales_missing(count).texts() == [text]
 
 
 def test_as_many_as_wanted_are_told_one_by_one():
     assert len(scales_missing(20).texts(20)) == 20
     [text] = scales_missing(21).texts(20)
-    assert text.endswith("; likewise a1, a2 and 18 more")
+    assert text.endswith("; the same for a1, a2 and 18 more")
 
 
 def test_kinds_are_in_the_order_of_their_first_problems():
@@ -38,7 +38,7 @@ def test_kinds_are_in_the_order_of_their_first_problems():
         problems.add(f"{{}} of {{}} [{len(name)}, {ord(name)}]", "{}", name)
     problems.add("nothing has a name")
     texts = problems.texts()
-    assert texts[0] == "b is F8_E4M3; likewise a, c and 1 more"
+    assert texts[0] == "b is F8_E4M3; the same for a, c and 1 more"
     assert texts[1:] == [
         "{} of b [1, 98]",
         "{} of a [1, 97]",

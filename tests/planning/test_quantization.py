@@ -296,7 +296,7 @@ def test_all_problems_are_reported_at_once():
     with pytest.raises(QuantizationError, match="7 problems") as caught:
         quantized_table(table(**tensors), FP8)
     assert "a0.weight has no scale" in str(caught.value)
-    assert "; likewise a1.weight, a2.weight and 4 more\n" in str(caught.value)
+    assert "; the same for a1.weight, a2.weight and 4 more\n" in str(caught.value)
 
 
 def test_thousands_of_equal_problems_do_not_hide_another():

@@ -28,8 +28,8 @@ from automodel_conv.planning.scheme_choice import (
 
 INT4 = Packing("_packed", "I32", "int4")
 BLOCK = Scheme("e4m3", (128, 128), FLOAT_SCALES)
-_OTHERS = ("zero_points", "global_scale", "global_divisor")
 MX = Scheme("e4m3", (1, 32), frozenset({"U8"}))
+OTHER_PARTS = ("zero_points", "global_scale", "global_divisor")
 
 
 def part(name, dtype, *shape):
@@ -38,7 +38,7 @@ def part(name, dtype, *shape):
 
 def weight(scales=(2, 2), shape=(256, 256), packing=FP8_CODES[0], **parts):
     """Return a weight with scales of a shape, float32, and further parts as dtype and shape."""
-    others = {name: part(f"a.{name}", *parts[name]) if name in parts else None for name in _OTHERS}
+    others = {name: part(f"a.{name}", *parts[name]) if name in parts else None for name in OTHER_PARTS}
     codes, stored_scales = part("a.weight", packing.dtype, *shape), part("a.weight_scale", "F32", *scales)
     return CodedWeight("a.weight", packing, shape, codes, stored_scales, **others)
 

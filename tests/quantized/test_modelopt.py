@@ -248,9 +248,9 @@ def moved(algorithm):
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (moved("MXFP8"), "w1.weight has e2m1 codes; the config states e4m3 for its module; likewise"),
+        (moved("MXFP8"), "w1.weight has e2m1 codes; the config states e4m3 for its module; the same for"),
         (moved("NVFP4"), "down_proj.weight has e4m3 codes; the config states e2m1 for its module"),
-        (moved("W4A8_MXFP4_FP8"), "weight_scale is F8_E4M3; these e2m1 codes have scales of F8_E8M0, U8; likewise"),
+        (moved("W4A8_MXFP4_FP8"), "weight_scale is F8_E4M3; these e2m1 codes have scales of F8_E8M0, U8; the same for"),
         (moved("FP8"), "weight_scale is U8; these e4m3 codes have scales of BF16, F16, F32"),
         (lambda layers: [layer.update(group_size=32) for layer in layers.values()], "expected [96, 4], found [96, 8]"),
     ],

@@ -78,7 +78,7 @@ ANY_MODULE = Modules()
 
 
 def modules_of(names: Iterable[Any]) -> Modules:
-    """Return the modules that names in a config stand for.
+    """Return the modules that a config lists by names and patterns.
 
     A name with ``*``, ``?`` or ``[`` is a pattern.
 

@@ -91,7 +91,7 @@ def modelopt_schemes(config: Mapping[str, Any]) -> list[Scheme]:
     modules: dict[tuple[str, Any], list[str]] = {}
     for module, layer in (stated.get("quantized_layers") or {}).items():
         modules.setdefault((str(layer["quant_algo"]).upper(), layer.get("group_size")), []).append(module)
-    if not modules:  # the tensors alone tell which algorithm each has
+    if not modules:  # only the tensors determine which algorithm each has
         return [scheme for name in _ALGORITHMS for scheme in _schemes_of(name, None)]
     return [scheme for (name, size), names in modules.items() for scheme in _schemes_of(name, size, names)]
 
