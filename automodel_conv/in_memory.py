@@ -26,6 +26,7 @@ from automodel_conv.execution.memory import convert_tensors, is_unchanged
 from automodel_conv.execution.new_memory import NewMemory
 from automodel_conv.execution.report_text import count_row, text_of
 from automodel_conv.files.checkpoint import open_checkpoint
+from automodel_conv.planning.kept_codes import refuse_codes_without_scales
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.publishing.saved import not_saved
 from automodel_conv.upstream.models import state_table, tied_names
@@ -90,7 +91,8 @@ def convert_state_dict(
         ConversionError: a tensor of ``out`` is missing, does not fit, or shares memory with another one or a source
             (unless it is that source, unchanged); or the tensors are on several devices and ``out`` is not given.
         UnsupportedError: a layout or backend is unknown, "triton" is given for tensors that kernels cannot access, a
-            tensor is distributed, or the model or ``state_dict`` has PEFT adapters.
+            tensor is distributed, codes would be separated from their scales, or the model or ``state_dict`` has PEFT
+            adapters.
 
     Example:
         >>> import torch
@@ -106,6 +108,7 @@ def convert_state_dict(
         state_table(state_dict), model=model, rules=rules, layout=layout, source_layout=source_layout
     )
     problems.raise_unless_fit("the state dict")
+    refuse_codes_without_scales(plan)
     converted = _run(plan, state_dict, out, backend)
     if model is not None:
         ties = tied_names(model)
@@ -151,8 +154,8 @@ def revert_state_dict(
         NameProblems: the tensors do not fit ``reference`` or the rules.
         CoverageError: a tensor of ``reference`` is only partly in ``state_dict``.
         UnsupportedError: grouped experts have names that the rules do not match, a layout or backend is unknown,
-            "triton" is given for tensors that kernels cannot access, a tensor is distributed, or the model or
-            ``state_dict`` has PEFT adapters.
+            "triton" is given for tensors that kernels cannot access, a tensor is distributed, codes would be separated
+            from their scales, or the model or ``state_dict`` has PEFT adapters.
         ConversionError: a tensor of ``out`` is missing, does not fit, or shares memory with another one or a source
             (unless it is that source, unchanged); or the tensors are on several devices and ``out`` is not given.
 
@@ -170,6 +173,7 @@ def revert_state_dict(
     model = None if model is None else plain_model(model)
     opened = None if reference is None else open_checkpoint(reference)
     plan = saving_plan(state_table(state_dict), model=model, rules=rules, layout=layout, reference=opened)
+    refuse_codes_without_scales(plan)
     reverted = _run(plan, state_dict, out, backend)
     return _with_report(reverted, [*_without_ties(plan, state_dict), *not_saved(None, opened, reverted)])
 

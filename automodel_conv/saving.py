@@ -30,6 +30,7 @@ from automodel_conv.files.checkpoint import open_checkpoint, open_downloaded
 from automodel_conv.files.destination import open_destination
 from automodel_conv.files.remote import local_path
 from automodel_conv.files.staging import staged_path
+from automodel_conv.planning.kept_codes import refuse_codes_without_scales
 from automodel_conv.planning.names import plain_tensors
 from automodel_conv.planning.sharding import region_of
 from automodel_conv.progress import bytes_progress
@@ -166,7 +167,7 @@ def save_checkpoint(
         UnsupportedError: the tensors cannot be saved: they are offloaded, quantized by transformers, or lazily
             conjugated or negated, or the model has PEFT adapters or flat FSDP1 parameters; or extra state is not a
             tensor; or grouped experts have names that the rules do not match; or ``carry`` has other experts, or the
-            same ones in a form that the rules do not read.
+            same ones in a form that the rules do not read; or codes would be separated from their scales.
         DestinationError: the directory holds a checkpoint already, or another process writes to it.
         WriteError: the disk is full, or the system reports another error.
         ConversionError: the system has no more memory or threads.
@@ -207,6 +208,7 @@ def save_checkpoint(
         refuse_unlike_stored(tensors)
         opened = None if reference is None else open_checkpoint(reference)
         plan = saving_plan(state_table(tensors), model=model, rules=rules, layout=layout, reference=opened)
+        refuse_codes_without_scales(plan)
         plan = with_dtype(plan, dtype, model, rules)
         source = None if carry is None else open_downloaded(carry)
         code = None if dtype is None else dtype_code(dtype)

@@ -5,23 +5,28 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
+import torch
 from torch import nn
 from typing_extensions import Unpack
 
-from automodel_conv.compiling.decoded import decoded_table
+from automodel_conv.compiling.decoded import codes_without_config, decoded_table, kept_plan, quantization_of
 from automodel_conv.compiling.marks import layout_to_read, stated_layout
 from automodel_conv.compiling.options import PlanOptions, PlanSettings
+from automodel_conv.compiling.stages import without_casts
 from automodel_conv.compiling.to_model import loading_plan
 from automodel_conv.doors import door, keyword_options
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.files.config import quantization_config
 from automodel_conv.files.hub import with_repository
+from automodel_conv.planning.code_names import has_codes
 from automodel_conv.planning.copies import SourceTable
+from automodel_conv.planning.kept_codes import codes_without_scales, refuse_codes_without_scales
 from automodel_conv.planning.layouts import LAYOUTS, PER_EXPERT, get_layout
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.problems import Problems
 from automodel_conv.upstream.from_config import meta_model
 from automodel_conv.upstream.models import checked_dtype
+from automodel_conv.upstream.rules import RuleSet
 from automodel_conv.upstream.stored_dtypes import dequantizer, left_as_stored
 from automodel_conv.upstream.wrappers import plain_model
 
@@ -60,18 +65,45 @@ def load_plan(
     casting = quantizer if quantization is None else dequantizer(quantization)
     decoded = {table.names[row] for row in table.decodes}
     keeps_names = model is None and not rules and layout is None
-    plan, problems = loading_plan(
-        table,
-        model=model,
-        rules=rules,
-        layout=layout,
-        source_layout=layout_to_read(checkpoint, source_layout, keeps_names=keeps_names),
-        key_mapping=settings.key_mapping,
-        dtype=dtype,
-        in_place=in_place,
-        quantizer=quantizer,
-        as_stored=left_as_stored(model, casting, settings.key_mapping, decoded) if rules is None else None,
-    )
+    layout_read = layout_to_read(checkpoint, source_layout, keeps_names=keeps_names)
+
+    def plan_for(
+        sources: SourceTable, dtype: torch.dtype | None, *, produce_all: bool = False
+    ) -> tuple[CopyPlan, Problems]:
+        return loading_plan(
+            sources,
+            model=model,
+            rules=rules,
+            layout=layout,
+            source_layout=layout_read,
+            key_mapping=settings.key_mapping,
+            dtype=dtype,
+            in_place=in_place,
+            quantizer=quantizer,
+            as_stored=left_as_stored(model, casting, settings.key_mapping, decoded) if rules is None else None,
+            produce_all=produce_all,
+        )
+
+    def plan_with_scales(codes: str) -> tuple[CopyPlan, Problems]:
+        config = quantization_of(checkpoint)
+        if config is None:
+            raise codes_without_config(codes, checkpoint)
+        values = decoded_table(checkpoint, needs_values=True)
+        plan, problems = plan_for(values, dtype)
+        scales_for = lambda scales: without_casts(plan_for(scales, None, produce_all=True)[0])  # noqa: E731
+        return kept_plan(config, table, values, plan, scales_for), problems
+
+    # A quantizer has rules for scales of its own.
+    codes = None if settings.dequantize or (quantizer is not None and rules is None) else has_codes(table)
+    only_renames = layout is None and layout_read is None and not RuleSet(rules).converters
+    if codes is None or model is not None or only_renames:
+        plan, problems = plan_for(table, dtype)
+        if codes is not None and model is not None:
+            refuse_codes_without_scales(plan)
+        elif codes is not None and codes_without_scales(plan) is not None:
+            plan, problems = plan_with_scales(codes)
+    else:
+        plan, problems = plan_with_scales(codes)
     stated = stated_layout(checkpoint, source_layout)
     if keeps_names:
         layout = "transformers" if source_layout in LAYOUTS else stated
@@ -112,8 +144,9 @@ def compile_plan(
         NameProblems: names or shapes do not fit; lists all of them.
         QuantizationError: parts of quantized tensors are missing, or contradict each other or the config; lists all of
             them.
-        UnsupportedError: a layout is unknown, the layout of experts is ambiguous, a quantization is not supported, or
-            codes would fill a target that expects values; or the model has PEFT adapters, or flat FSDP1 parameters.
+        UnsupportedError: a layout is unknown, the layout of experts is ambiguous, a quantization is not supported,
+            codes would fill a target that expects values, or their scales cannot follow them; or the model has PEFT
+            adapters, or flat FSDP1 parameters.
 
     Example:
         >>> import torch

@@ -66,8 +66,13 @@ def parts_of_codes(table: SourceTable) -> frozenset[str]:
     return frozenset(part for _, parts in _codes_with_parts(table) for part in parts)
 
 
+def scales_of_codes(table: SourceTable) -> dict[str, str]:
+    """Return the name of the scales of each tensor that looks like codes with scales, by its name."""
+    return {name: parts[0] for name, parts in _codes_with_parts(table)}
+
+
 def _codes_with_parts(table: SourceTable) -> Iterator[tuple[str, list[str]]]:
-    """Yield the name of each tensor that looks like codes with scales, and the names of the parts that it has."""
+    """Yield the name of each tensor that looks like codes with scales, and the names of its parts, scales first."""
     methods_of: dict[str, list[tuple[str, Method]]] = {}
     for method in METHODS.values():
         for packing in method.codes:
@@ -83,7 +88,7 @@ def _codes_with_parts(table: SourceTable) -> Iterator[tuple[str, list[str]]]:
                 owners = [weight] if whole in (None, weight) else [weight, whole]
                 if any(part_name(owner, scale) in names for owner in owners for scale in method.scales):
                     suffixes = (*method.scales, *method.global_scale, method.global_divisor, *method.dropped)
-                    parts = (part_name(owner, part) for owner in owners for part in suffixes if part)
+                    parts = (part_name(owner, part) for part in suffixes if part for owner in owners)
                     yield name, [part for part in parts if part in names]
 
 

@@ -13,8 +13,9 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 from math import prod
 
-from automodel_conv.errors import ConversionError, QuantizationError, UnsupportedError, message
+from automodel_conv.errors import Advice, ConversionError, QuantizationError, UnsupportedError, message
 from automodel_conv.planning.arrangement import PLAIN
+from automodel_conv.planning.code_names import scales_of_codes
 from automodel_conv.planning.composition import table_of
 from automodel_conv.planning.copies import Decode, SourceTable, StridedCopy, Target
 from automodel_conv.planning.lowering import copies_of
@@ -25,6 +26,36 @@ Matrix = tuple[int, int]
 """Number of rows and number of columns."""
 _ROW, _COLUMN, _MATRIX = range(3)  # axes of a stack of matrices
 _STRAIGHT, _TRANSPOSED = (_ROW, _COLUMN, _MATRIX), (_COLUMN, _ROW, _MATRIX)
+_DECODE: Advice = (
+    "{dequantize=True} decodes them to values",
+    "load_state_dict() and load_model() decode them while they read them",
+)
+
+
+def codes_without_scales(plan: CopyPlan) -> str | None:
+    """Return the name of the first target of codes that has no scales next to it; None if all have them.
+
+    The plan copies tensors as stored. The scales of a target must be copied from the scales of all its sources.
+    """
+    names = plan.sources.names
+    scale_of = scales_of_codes(plan.sources)
+    if not scale_of:
+        return None
+    new_scale_of = scales_of_codes(table_of(plan.targets))
+    sources_of = {target.name: {names[row] for row in target.sources} for target in plan.targets}
+    for name, sources in sources_of.items():
+        scales = {scale_of[source] for source in sources & scale_of.keys()}
+        read = sources_of[new_scale_of[name]] if name in new_scale_of else set()
+        if not scales.issubset(sources | read):
+            return name
+    return None
+
+
+def refuse_codes_without_scales(plan: CopyPlan) -> None:
+    """Raise UnsupportedError if a target has codes and no scales next to it; see ``codes_without_scales``."""
+    name = codes_without_scales(plan)
+    if name is not None:
+        raise _refused(name, "the model or the rules have no place for its scales")
 
 
 def keep_codes(
@@ -85,7 +116,7 @@ def keep_codes(
         if any(part.isdecimal() for part in name.rpartition("experts.")[2].split(".")[:1]) and kept:
             raise _refused(name, "it belongs to one expert, and the others are grouped")
         targets.append(other._replace(rule=-1))
-    plan = CopyPlan(stored, tuple(targets), values.rules)
+    plan = replace(values, sources=stored, targets=tuple(targets))
     plan.validate()
     _check_blocks(plan, kept, shared, decoded, read)
     return plan
@@ -275,6 +306,6 @@ def _refused(name: str, why: str) -> UnsupportedError:
         message(
             f"{name}: codes and scales cannot be kept in this layout",
             found=why,
-            do=["{dequantize=True} writes decoded values", "{rules=[]} keeps everything as stored"],
+            do=[_DECODE, "{rules=[]} keeps everything as stored"],
         )
     )

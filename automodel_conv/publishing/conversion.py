@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from automodel_conv.compiling.carrying import carried_targets, checked_patterns, dropped_rows, refuse_halves
-from automodel_conv.compiling.decoded import codes_without_config, decoded_table, quantization_of
+from automodel_conv.compiling.decoded import codes_without_config, decoded_table, kept_plan, quantization_of
 from automodel_conv.compiling.marks import layout_to_read, naming_of_conversion, stated_layout
 from automodel_conv.compiling.stages import without_casts
 from automodel_conv.compiling.to_checkpoint import in_saving_order, saving_plan
@@ -30,11 +30,8 @@ from automodel_conv.files.shards import Naming, Shard, divide, parse_size
 from automodel_conv.planning.code_names import has_codes, names_of_codes
 from automodel_conv.planning.composition import table_of
 from automodel_conv.planning.copies import SourceTable, Target
-from automodel_conv.planning.kept_codes import keep_codes
 from automodel_conv.planning.layouts import PER_EXPERT, get_layout, holds_grouped_experts
 from automodel_conv.planning.plan import CopyPlan
-from automodel_conv.planning.quantization import quantized_table
-from automodel_conv.planning.schemes import read_config
 from automodel_conv.planning.unmarked import unsplit_experts_error
 from automodel_conv.publishing.saved import specs_of, with_dtype
 from automodel_conv.upstream.from_config import meta_model
@@ -172,13 +169,9 @@ def compile_conversion(
         decoded = replace(decoded, hidden=decoded.hidden | table.hidden)
         value_plan, carried = plan_for(decoded, dtype)
         carried |= {part for row in carried & decoded.decodes.keys() for part in decoded.decodes[row].parts}
-        plan = keep_codes(
-            replace(table, hidden=table.hidden | carried),
-            decoded,
-            value_plan,
-            lambda scales: plan_for(scales, None, produce_all=True)[0],
-            lambda converted: quantized_table(converted, quantized.settings, where=quantized.path),
-            read_config(quantized.settings, quantized.path)[0].whole_name,
+        stored = replace(table, hidden=table.hidden | carried)
+        plan = kept_plan(
+            quantized, stored, decoded, value_plan, lambda scales: plan_for(scales, None, produce_all=True)[0]
         )
     if layout == PER_EXPERT:
         _refuse_grouped(plan, model)

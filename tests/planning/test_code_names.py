@@ -2,7 +2,14 @@
 
 import pytest
 
-from automodel_conv.planning.code_names import CodeNames, has_codes, names_of_codes, packed_dtypes, parts_of_codes
+from automodel_conv.planning.code_names import (
+    CodeNames,
+    has_codes,
+    names_of_codes,
+    packed_dtypes,
+    parts_of_codes,
+    scales_of_codes,
+)
 from automodel_conv.planning.copies import SourceTable
 from tests.planning.test_quantization import table
 
@@ -63,3 +70,21 @@ def test_shards_with_one_scale_are_codes_and_it_is_their_part():
     assert names_of_codes(table) == tuple(names[:2])
     assert parts_of_codes(table) == {names[2]}
     assert names[2] in CodeNames.of_all_methods().scale_names(names[0])
+
+
+def test_scales_are_found_by_the_name_of_their_codes():
+    names = ["a.weight", "a.weight_scale_inv", "b.weight", "c.qweight", "c.scales", "c.g_idx"]
+    table = SourceTable(names, ["F8_E4M3", "F32", "F8_E4M3", "I32", "F16", "I32"], [(1, 8)] * 6)
+    assert scales_of_codes(table) == {"a.weight": "a.weight_scale_inv", "c.qweight": "c.scales"}
+
+
+def test_input_scale_is_not_the_scale_of_codes():
+    names = ["a.input_scale", "a.weight", "a.weight_scale"]
+    table = SourceTable(names, ["F32", "F8_E4M3", "F32"], [(), (2, 2), ()])
+    assert scales_of_codes(table) == {"a.weight": "a.weight_scale"}
+
+
+def test_scale_of_a_shard_is_that_of_all_shards():
+    names = ["ngram_embedding.shard_0.weight", "ngram_embedding.shard_0.input_scale", "ngram_embedding.weight_scale"]
+    table = SourceTable(names, ["F8_E4M3", "F32", "BF16"], [(2, 2), (), ()])
+    assert scales_of_codes(table) == {names[0]: names[2]}

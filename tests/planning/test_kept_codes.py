@@ -10,7 +10,7 @@ from automodel_conv.errors import UnsupportedError
 from automodel_conv.planning import kept_codes, values
 from automodel_conv.planning.arrangement import PLAIN, TRANSPOSED
 from automodel_conv.planning.copies import SourceTable, Target
-from automodel_conv.planning.kept_codes import keep_codes
+from automodel_conv.planning.kept_codes import codes_without_scales, keep_codes, refuse_codes_without_scales
 from automodel_conv.planning.lowering import copies_of
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.quantization import quantized_table
@@ -193,3 +193,47 @@ def test_plan_without_codes_only_gets_the_stored_table():
         raise AssertionError("nothing is planned again")
 
     assert keep_codes(table, table, numbers, never, never) == numbers
+
+
+def renamed(plan, **names):
+    """Return the plan with other names for some targets, or without those whose name is None."""
+    new_names = {name: names.get(name.replace(".", "__"), name) for name in (t.name for t in plan.targets)}
+    return replace(plan, targets=tuple(t._replace(name=new) for t in plan.targets if (new := new_names[t.name])))
+
+
+@pytest.mark.parametrize(
+    ("names", "lost"),
+    [
+        ({}, None),
+        ({"e__0__weight": "x.weight", "e__0__weight_scale_inv": "x.weight_scale_inv"}, None),
+        ({"e__0__weight": "x.weight", "e__0__weight_scale_inv": "x.weight_scale"}, None),
+        ({"e__0__weight": None}, None),
+        ({"e__0__weight": "x.weight"}, "x.weight"),
+        ({"e__0__weight_scale_inv": "x.weight_scale_inv"}, "e.0.weight"),
+        ({"e__1__weight_scale_inv": None}, "e.1.weight"),
+        (  # each has the scales of the other
+            {"e__0__weight_scale_inv": "e.1.weight_scale_inv", "e__1__weight_scale_inv": "e.0.weight_scale_inv"},
+            "e.0.weight",
+        ),
+    ],
+    ids=str,
+)
+def test_first_target_of_codes_that_lost_its_scales_is_named(names, lost):
+    table = stored(4, 4)
+    whole = [leaf(0, shape) for shape in table.shapes]
+    columns = zip(table.names, table.dtypes, table.shapes, whole, strict=True)
+    targets = [Target(n, d, s, -1, (row,), copies_of(v)) for row, (n, d, s, v) in enumerate(columns)]
+    plan = renamed(CopyPlan(table, tuple(targets), ()), **names)
+    assert codes_without_scales(plan) == lost
+    if lost is None:
+        refuse_codes_without_scales(plan)
+    else:
+        with pytest.raises(UnsupportedError, match=f"{lost}: codes and scales cannot be kept"):
+            refuse_codes_without_scales(plan)
+
+
+def test_codes_that_are_grouped_without_their_scales_have_lost_them():
+    plan = grouped_by(STACK)(stored(4, 4))
+    assert codes_without_scales(plan) == "e.weight"
+    assert codes_without_scales(kept(stored(4, 4), STACK)) is None
+    assert codes_without_scales(grouped_by(STACK)(stored(4, 4, codes="BF16", second="BF16"))) is None
