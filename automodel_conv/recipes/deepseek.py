@@ -24,7 +24,7 @@ def deepseek_v41() -> list[Any]:
 
     Sources: vLLM 0.33.0, ``models/deepseek_v41/nvidia/model.py`` (names, formats of the codes) and ``dspark.py`` (the
     draft layers, ``mtp``); the list of names of deepseek-ai/DeepSeek-V4.1-Flash at dba1be0a, as
-    https://github.com/EfficientMoE/MoE-Infinity/pull/210 describes it; transformers 5.23.0, the rules of deepseek_v4
+    https://github.com/EfficientMoE/MoE-Infinity/pull/210 describes it; transformers 5.24.0, the rules of deepseek_v4
     (``w1`` gate, ``w2`` down, ``w3`` up).
 
     Raises:

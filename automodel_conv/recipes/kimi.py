@@ -24,7 +24,7 @@ def kimi_k2() -> list[Any]:
     without a recipe.
 
     Sources: config.json of moonshotai/Kimi-K2-Instruct, whose ``architectures`` is DeepseekV3ForCausalLM; vLLM 0.33.0,
-    ``transformers_utils/config.py``, which maps kimi_k2 to the config of DeepSeek-V3; transformers 5.23.0, the rules of
+    ``transformers_utils/config.py``, which maps kimi_k2 to the config of DeepSeek-V3; transformers 5.24.0, the rules of
     deepseek_v3.
 
     Raises:

@@ -5,7 +5,6 @@ The reference is computed element by element from exact float64 values, which th
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,16 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.tensor import Shard
 
 import automodel_conv as amc
-from automodel_conv.execution.buffers import allocate
-from automodel_conv.execution.host import load_to_host
 from automodel_conv.planning.layouts import LAYOUTS
-from automodel_conv.planning.sharding import placed
 from automodel_conv.testing import assert_bytes_equal
 from tests.kernels.test_code_tables import rounded
 from tests.quantized.producers import Producer
+from tests.zoo.ranks import assert_ranks_read_their_parts
 
 PLAIN, FLOAT32, EXPERTS, DENSE = "plain", "float32", "experts", "dense"
 """Kinds of tensors: not quantized (bfloat16 or float32), or quantized by the producer of the experts or of the other
@@ -189,28 +185,8 @@ def saves_and_reverts(published: Published) -> None:
     assert_same(amc.revert_state_dict(grouped, rules=published.rules(), layout="nemo"), published.exact)
 
 
-def shards_by_expert_and_by_column(published: Published) -> None:
-    checkpoint = amc.open_checkpoint(published.path)
-    plan = amc.compile_plan(checkpoint, rules=published.rules())
-    whole = reference(published)
-    for coordinate in itertools.product(range(2), range(2)):
-        regions = {
-            target.name: placed(target.shape, (2, 2), coordinate, [Shard(0), Shard(1)])
-            for target in plan.targets
-            if ".experts." in target.name
-        }
-        assert regions
-        mine = plan.shard(regions)
-        buffers = allocate(mine.targets)
-        for buffer in buffers.values():
-            buffer.view(torch.uint8).fill_(0xA5)
-        load_to_host(mine, checkpoint, buffers, threads=2)
-        for name, region in regions.items():
-            part = whole[name]
-            for dim, runs in enumerate(region.runs):
-                index = [at for start, length in runs for at in range(start, start + length)]
-                part = part.index_select(dim, torch.tensor(index, dtype=torch.int64))
-            assert_bytes_equal(buffers[name], part)
+def ranks_read_their_parts(published: Published) -> None:
+    assert_ranks_read_their_parts(published.path, reference(published), rules=published.rules())
 
 
 def is_named_by_the_error_without_rules(published: Published) -> None:
@@ -248,7 +224,7 @@ CHECKS = [
     converts_to_every_layout_and_back,
     keeps_codes_or_advises_to_decode,
     saves_and_reverts,
-    shards_by_expert_and_by_column,
+    ranks_read_their_parts,
     is_named_by_the_error_without_rules,
     reports_an_expert_that_is_missing,
 ]

@@ -53,13 +53,8 @@ def k2(scheme: str = "", *, dense: bool = False, sizes: tuple[int, int] = (128, 
         "torch_dtype": "bfloat16",
     }
     if producer is not None:
-        unquantized = [
-            "lm_head",
-            "re:.*self_attn.*",
-            "re:.*shared_experts.*",
-            r"re:.*mlp\.(gate|up|gate_up|down)_proj.*",
-        ]
-        config["quantization_config"] = {**producer.config} if dense else {**producer.config, "ignore": unquantized}
+        ignored = {} if dense else {"ignore": ["lm_head", *UNQUANTIZED]}
+        config["quantization_config"] = {**producer.config, **ignored}
     attention = {
         "q_a_proj": (96, hidden),
         "q_b_proj": (192, 96),

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("transformers", reason="recipes return transformers' rule objects")
 
 from automodel_conv.recipes import bailing_moe
-from tests.recipes.support import CHECKS, FLOAT32, PLAIN, Family, write
+from tests.recipes.support import CHECKS, FLOAT32, PLAIN, Family, is_named_by_the_error_without_rules, write
 
 
 def ling(model_type: str) -> Family:
@@ -49,5 +49,4 @@ def test_published_checkpoint(tmp_path, check):
 
 
 def test_second_type_has_the_same_recipe(tmp_path):
-    published = write(tmp_path / "published", ling("bailing_moe_v2"))
-    [*CHECKS][-2](published)
+    is_named_by_the_error_without_rules(write(tmp_path / "published", ling("bailing_moe_v2")))

@@ -35,6 +35,12 @@ class No:
     """The reason, as the table tells it."""
     error: str
     """A pattern of the error; ``"left"`` if the hook leaves the tensors to transformers."""
+    only_transposed: bool = False
+    """Whether only transposed layouts are refused."""
+
+    @property
+    def cell(self) -> str:
+        return f"{'not transposed' if self.only_transposed else 'no'}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -49,15 +55,14 @@ class Row:
 
 PACKED = No("packed codes stay as they are", "codes of the format .* cannot be rearranged")
 OF_A_MATRIX = No("one scale for a whole matrix", "its scales cannot be combined")
-OF_A_ROW = No("blocks of one row, which a transposed layout cannot have", "its scales would not fit the config")
-OF_ONE_DIMENSION = No("the scales of rows have one dimension", "its scales cannot be combined")
-OF_FOUR_DIMENSIONS = No("the scales have four dimensions", "its scales cannot be combined")
+OF_A_ROW = No("blocks of one row", "its scales would not fit the config", only_transposed=True)
+OF_ONE_DIMENSION = No("scales of one dimension", "its scales cannot be combined", only_transposed=True)
+OF_FOUR_DIMENSIONS = No("scales of four dimensions", "its scales cannot be combined", only_transposed=True)
+ALTERNATING = No("rows of gate and up alternate in a stack", "a scale would apply to other values")
 OWN_NAMES = No("scales are not named after the weight", "are not named after it")
 NO_QUANTIZER = No("transformers has no quantizer of it", "transformers would load codes of quantized tensors as values")
 NO_RULE = No("transformers has no rule that groups these experts", "transformers would initialize the experts")
 ROUNDED = No("left to transformers, which rounds twice", "left")
-
-
 NO_LAYOUT = No("the model does not state the layout of its experts", "does not state their layout")
 MIXED = {
     "quant_method": "modelopt",
@@ -193,7 +198,7 @@ ROWS: tuple[Row, ...] = (
         "Inkling2Loop",
         config=configs.inkling2_loop(),
         weights=r"experts\.w(13|2)_weight$",
-        codes_laid_out=OF_A_ROW,
+        codes_laid_out=ALTERNATING,
     ),
     _row("Quark MXFP4", "amd's MXFP4", codes_laid_out=PACKED, hook=QUARK),
     _row("Quark FP8", "amd's FP8", hook=QUARK),
@@ -207,7 +212,7 @@ def table() -> str:
     """Return the table in Markdown."""
     lines = ["| format | published as | " + " | ".join(COLUMNS.values()) + " |", "|---|---|" + "---|" * len(COLUMNS)]
     for row in ROWS:
-        cells = ["yes" if column not in row.no else f"no: {row.no[column].reason}" for column in COLUMNS]
+        cells = ["yes" if column not in row.no else row.no[column].cell for column in COLUMNS]
         lines.append(f"| {row.record.name} | {row.publishers} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
