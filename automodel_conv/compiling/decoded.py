@@ -136,7 +136,7 @@ def unpadded_table(checkpoint: Checkpoint, decoded: SourceTable, suspects: Itera
         if true_shape is None or true_shape[:-1] != lead or true_shape[-1] not in range(least, columns):
             text = f"{shape_name} does not fit the packed codes that it is the shape of"
             expected = f"[{', '.join(map(str, lead))}, {least} to {columns}]"
-            found = f"a tensor {list(checkpoint.shapes[shape_rows[row]])}" if true_shape is None else true_shape
+            found = checkpoint.shapes[shape_rows[row]] if true_shape is None else true_shape
             raise QuantizationError(message(text, where=checkpoint.names[row], expected=expected, found=found))
         widths[row] = int(true_shape[-1])
     return without_padding(decoded, widths)
