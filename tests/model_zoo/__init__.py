@@ -144,6 +144,12 @@ def build_published(config: Mapping[str, Any], directory: Path, *, seed: int = 0
     return model.eval()
 
 
+def is_kept_in_float32(model: PreTrainedModel, name: str) -> bool:
+    """Return whether ``from_pretrained`` loads a parameter as float32 where float16 is asked for."""
+    patterns = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    return any(re.search(rf"(?:^|\.){re.escape(pattern)}(?:\.|$)", name) for pattern in patterns)
+
+
 def write_checkpoint(
     model: PreTrainedModel,
     directory: str | Path,
