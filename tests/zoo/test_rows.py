@@ -21,7 +21,25 @@ pytestmark = pytest.mark.skipif(not is_recent(), reason="the table tells of a re
 LAYOUTS = ("nemo", "gpt_oss", "vllm")
 
 
-@pytest.fixture(scope="module", params=ROWS, ids=lambda row: row.record.name)
+# Formats that differ from another only in their block, their config or their model.
+VARIANTS = {
+    "FP8, exponents per 32 x 32",
+    "Inkling2Loop MXFP8",
+    "ModelOpt MXFP4",
+    "ModelOpt NVFP4 of Gemma-4, per expert",
+    "ModelOpt W4A16_NVFP4",
+    "ModelOpt W8A16",
+    "Quark INT8",
+    "compressed-tensors INT4 with zero points",
+    "compressed-tensors INT8",
+}
+PARAMETERS = [
+    pytest.param(row, id=row.record.name, marks=[pytest.mark.long] if row.record.name in VARIANTS else [])
+    for row in ROWS
+]
+
+
+@pytest.fixture(scope="module", params=PARAMETERS)
 def case(request, tmp_path_factory):
     """Write a checkpoint of one layer; return the row, the files, and what transformers loads of the values."""
     if not is_known(request.param.record):
@@ -76,6 +94,10 @@ def hook(row, written, values, directory):
 
 
 WORKS = (read, laid_out, sharded, kept, codes_laid_out, hook)
+
+
+def test_variants_are_rows():
+    assert {row.record.name for row in ROWS} > VARIANTS
 
 
 def test_columns_are_all_tested():
