@@ -326,6 +326,7 @@ FORMATS: dict[str, Format] = {
     "compressed-tensors INT4 with zero points": _compressed(
         "pack-quantized", **INT4, strategy="group", group_size=32, symmetric=False
     ),
+    "compressed-tensors INT4 per channel": _compressed("pack-quantized", **INT4, strategy="channel"),
     "compressed-tensors FP8": _compressed("float-quantized", **FLOAT8, strategy="channel"),
     "compressed-tensors NVFP4": _compressed(
         "nvfp4-pack-quantized", 700.0, **FLOAT4, strategy="tensor_group", group_size=16

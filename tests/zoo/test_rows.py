@@ -30,6 +30,7 @@ VARIANTS = {
     "ModelOpt W4A16_NVFP4",
     "ModelOpt W8A16",
     "Quark INT8",
+    "compressed-tensors FP8 of Gemma-4, per expert",
     "compressed-tensors INT4 with zero points",
     "compressed-tensors INT8",
 }
