@@ -89,7 +89,7 @@ def halves(matrices: Sequence[Tensor]) -> list[Tensor]:
     return [matrix[:, half::2] for matrix in matrices for half in (0, 1)]
 
 
-def is_worth_panels(dst: Tensor, src: Tensor, matrix: tuple[int, int]) -> bool:
+def is_worth_panels(dst: Tensor, src: Tensor, matrix: Sequence[int]) -> bool:
     """Return whether panels transpose matrices of this shape, from ``src`` to ``dst``, faster than ``copy_``."""
     return (
         min(matrix) >= _SMALLEST_SIDE
