@@ -85,7 +85,7 @@ def decode_lines(
     at = tl.arange(0, VECTORS) * SRC_VECTOR
     r, b = at // TILE_COLUMNS, at % TILE_COLUMNS
     table_row = ((r + (r0 + start_row)) >> block_rows) * table_rows_stride + (
-        (b + (b0 + start_column)) >> block_columns
+        ((b + b0) * PER_BYTE + start_column) >> block_columns
     )
     table_rows = pointer_to(tl.load(entry + 2), TABLE_ROW, 1)
     table_row = tl.load(table_rows + table_row, mask=(r < rows - r0) & (b < columns - b0), other=0)
@@ -161,7 +161,7 @@ def decode_rectangles(
     codes = tl.load(codes + (r * src_stride + b), mask=mask, other=0).to(tl.int32)
     v = tl.arange(0, VECTORS)[None, :] * SRC_VECTOR
     table_row = ((r + (r0 + start_row)) >> block_rows) * table_rows_stride + (
-        (v + (b0 + start_column)) >> block_columns
+        ((v + b0) * PER_BYTE + start_column) >> block_columns
     )
     table_rows = pointer_to(tl.load(entry + 2), TABLE_ROW, 1)
     first = tl.load(table_rows + table_row, mask=(r < rows - r0) & (v < columns - b0), other=0).to(tl.int32) << BITS

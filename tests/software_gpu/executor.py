@@ -157,7 +157,7 @@ class Executor:
         assert decoding is not None
         demand(decoding.is_stepped or blocks.step == 1, variant, f"elements of a row are {blocks.step} apart")
         columns = _of_columns(variant, geometry, blocks)
-        vectors = columns.reshape(-1, variant.src_vector)
+        vectors = columns.reshape(-1, _codes_of_vector(variant))
         if not self._is_compiling:
             demand((vectors == vectors[:, :1]).all(), variant, f"a vector of codes spans two blocks: {geometry}")
         rows = _of_rows(variant, geometry, blocks)
@@ -271,9 +271,14 @@ def _of_rows(variant: Variant, geometry: Geometry, blocks: Blocks) -> np.ndarray
 
 
 def _of_columns(variant: Variant, geometry: Geometry, blocks: Blocks) -> np.ndarray:
-    """Return the block of each byte of a row of codes."""
-    column = np.arange(geometry.columns) + blocks.start_column
+    """Return the block of each code of a row."""
+    column = np.arange(geometry.columns * 8 // variant.details.bits) + blocks.start_column
     return column >> blocks.block_columns if variant.details.by_shifts else column // blocks.block_columns
+
+
+def _codes_of_vector(variant: Variant) -> int:
+    """Return the number of codes that one look-up of a table row is for."""
+    return 1 if variant.src_vector == 1 else variant.src_vector * 8 // variant.details.bits
 
 
 def _decode(variant: Variant, geometry: Geometry, blocks: Blocks, row: list[int]) -> None:
@@ -283,15 +288,15 @@ def _decode(variant: Variant, geometry: Geometry, blocks: Blocks, row: list[int]
     size = size_of(variant.dst)
     codes = array_at(row[1], (rows, columns), (src_stride, 1), np.uint8)
     block_rows, block_columns = _of_rows(variant, geometry, blocks), _of_columns(variant, geometry, blocks)
-    block_columns = block_columns.reshape(-1, variant.src_vector)[:, :1].repeat(variant.src_vector, 1).reshape(-1)
+    vector = _codes_of_vector(variant)
+    block_columns = block_columns.reshape(-1, vector)[:, :1].repeat(vector, 1).reshape(-1)
     last = int(block_rows[-1]) * blocks.table_rows_stride + int(block_columns[-1])
     table_rows = array_at(row[2], (last + 1,), (size_of(decoding.table_row),), _NUMPY[decoding.table_row])
     first = table_rows[block_rows[:, None] * blocks.table_rows_stride + block_columns].astype(np.int64) << decoding.bits
     values = array_at(row[3], (int(first.max()) + (1 << decoding.bits),), (size,), _NUMPY[variant.dst])
-    if decoding.bits == 8:
-        decoded = values[first + codes]
-    else:
-        decoded = np.stack([values[first + (codes & 15)], values[first + (codes >> 4)]], 2).reshape(rows, -1)
+    if decoding.bits == 4:
+        codes = np.stack([codes & 15, codes >> 4], 2).reshape(rows, -1)
+    decoded = values[first + codes]
     strides = (dst_stride * size, (blocks.step if decoding.is_stepped else 1) * size)
     decoded = decoded.T if decoding.is_transposed else decoded
     array_at(row[0], decoded.shape, strides, _NUMPY[variant.dst])[...] = decoded
