@@ -44,6 +44,8 @@ def per_expert_rules(model: nn.Module | None, rules: Sequence[Any], names: Itera
     layout = layouts.pop() if len(layouts) == 1 else None
     if layout is None or any("experts" in pattern and _ANY_EXPERT.search(pattern) for pattern in patterns):
         return []
+    if layout.interleaved and not _has_interleave():
+        return []
     text = "\n".join(names)
     examples = {kind: _line(text, re.compile(_NAME.format(kind=kind), re.MULTILINE)) for kind in ("weight", "bias")}
     return [
@@ -58,6 +60,13 @@ def _line(text: str, pattern: re.Pattern[str]) -> str | None:
     """Return the first line that ends with a pattern."""
     match = pattern.search(text)
     return None if match is None else text[text.rfind("\n", 0, match.start()) + 1 : match.end()]
+
+
+def _has_interleave() -> bool:
+    """Return whether the installed transformers has the operation; 5.12 does not."""
+    from transformers import core_model_loading
+
+    return hasattr(core_model_loading, "Interleave")
 
 
 def _grouping_rules(layout: ExpertLayout, kind: str) -> Iterator[Any]:

@@ -9,6 +9,8 @@ from torch import nn
 
 pytest.importorskip("transformers", reason="rules are objects of transformers")
 
+from transformers import core_model_loading
+
 import automodel_conv as amc
 from automodel_conv.testing import assert_bytes_equal
 from automodel_conv.upstream.per_expert_rules import per_expert_rules
@@ -16,6 +18,9 @@ from automodel_conv.upstream.registry import model_rules
 from tests.model_zoo import build_model
 from tests.quantized.per_expert import MODELS, gemma4, gpt_oss, granite, write_per_expert
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(core_model_loading, "Interleave"), reason="this transformers groups no experts of Granite"
+)
 FILE = "model.safetensors"
 
 
@@ -100,3 +105,11 @@ def test_the_layout_per_expert_leaves_them_as_they_are(tmp_path):
     assert stored.keys() == same.keys()
     for name, tensor in stored.items():
         assert_bytes_equal(same[name], tensor)
+
+
+def test_a_release_that_cannot_interleave_adds_no_rules(monkeypatch):
+    names = [f"model.layers.0.mlp.experts.{e}.{p}_proj.weight" for e in range(3) for p in ("gate", "up", "down")]
+    model = gpt_oss(3, 16, 8)
+    assert per_expert_rules(model, [], names)
+    monkeypatch.delattr(core_model_loading, "Interleave")
+    assert per_expert_rules(model, [], names) == []
