@@ -90,6 +90,7 @@ def test_true_shape_that_does_not_fit_the_codes_is_an_error(tmp_path):
 
 
 def test_kept_plan_has_codes_and_scales_in_place_of_values(tmp_path):
+    pytest.importorskip("transformers", reason="key_mapping needs transformers")
     checkpoint = write(tmp_path, fp8_tensors(), config=FP8)
     table = SourceTable.from_checkpoint(checkpoint)
     decoded = decoded_table(checkpoint, needs_values=True)
