@@ -93,7 +93,10 @@ def load_plan(
         coded = [target for target in plan.targets if not values.decodes.keys().isdisjoint(target.sources)]
         if all(target.rule == -1 and target.name == values.names[target.sources[0]] for target in coded):
             return plan_for(table, dtype)  # all codes stay as stored, in any format
-        scales_for = lambda scales: without_casts(plan_for(scales, None, produce_all=True)[0])  # noqa: E731
+
+        def scales_for(scales: SourceTable) -> CopyPlan:
+            return without_casts(plan_for(scales, None, produce_all=True)[0])
+
         return kept_plan(config, table, values, plan, scales_for), problems
 
     # A quantizer has rules for scales of its own.

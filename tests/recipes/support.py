@@ -228,4 +228,4 @@ CHECKS = [
     is_named_by_the_error_without_rules,
     reports_an_expert_that_is_missing,
 ]
-"""What every function of the package does with a published checkpoint and its recipe."""
+"""Checks of every function of the package with a published checkpoint and its recipe."""

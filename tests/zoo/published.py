@@ -30,7 +30,7 @@ class Published:
     config: Config
     """``config.json`` without quantization, its sizes small."""
     special: str
-    """What is special about it."""
+    """How it differs from other checkpoints, in a few words."""
     formats: Names = ()
     """``(pattern of weights, format)``: the first pattern found in a name decides; other weights are not quantized."""
     settings: Mapping[str, Any] | None = None
