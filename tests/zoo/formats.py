@@ -120,6 +120,21 @@ def per_channel(suffix: str, dims: int = 2) -> Make:
     return make
 
 
+def per_matrix(scale_suffix: str, input_suffix: str) -> Make:
+    """FP8, one float32 scale without dimensions for a matrix, and that of the activations.
+
+    Sources: Mistral's files and transformers 5.24.0, ``integrations/finegrained_fp8.py``; compressed-tensors 0.20.1,
+    ``compressors/naive_quantized``, whose scales have one dimension; amd-quark 0.13, ``torch/export``.
+    """
+
+    def make(shape: Shape, random: torch.Generator) -> tuple[Stored, Tensor]:
+        codes, scale = fp8_codes(shape, random), float_scales((), random)
+        exact = codes.double() * scale.double()
+        return {"": codes, scale_suffix: scale, input_suffix: float_scales((), random)}, exact
+
+    return make
+
+
 def modelopt_fp8(shape: Shape, random: torch.Generator) -> tuple[Stored, Tensor]:
     """Return modelopt's FP8: one float32 scale without dimensions, and that of the activations.
 
@@ -309,12 +324,25 @@ def _quark(**weight: Any) -> dict[str, Any]:
     return {"quant_method": "quark", "global_quant_config": whole, "exclude": [], "export": export}
 
 
+def _quark_nvfp4() -> dict[str, Any]:
+    """Source: as ``_quark``; the weights' description is a list, the scales' own description second."""
+    codes = {"dtype": "fp4", "qscheme": "per_group", "group_size": 16, "ch_axis": -1, "is_dynamic": False}
+    scales = {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_dynamic": False, "is_scale_quant": True}
+    settings = _quark()
+    settings["global_quant_config"]["weight"] = [codes, scales]
+    return settings
+
+
 _FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
 _E8M0 = torch.float8_e8m0fnu
 _MX = {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
 
 FORMATS: dict[str, Format] = {
     "FP8, one scale per block": Format(fine_grained((128, 128)), _FP8),
+    "FP8, one scale per matrix": Format(
+        per_matrix("_scale_inv", ".activation_scale"),
+        {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None},
+    ),
     "FP8, exponents per block": Format(fine_grained((128, 128), ".scale", _E8M0), _FP8 | {"scale_fmt": "ue8m0"}),
     "FP8, exponents per 32 x 32": Format(
         fine_grained((32, 32), ".scale", _E8M0), _FP8 | {"scale_fmt": "ue8m0", "weight_block_size": [32, 32]}
@@ -328,6 +356,11 @@ FORMATS: dict[str, Format] = {
     ),
     "compressed-tensors INT4 per channel": _compressed("pack-quantized", **INT4, strategy="channel"),
     "compressed-tensors FP8": _compressed("float-quantized", **FLOAT8, strategy="channel"),
+    "compressed-tensors FP8, one scale per matrix": _compressed("float-quantized", **FLOAT8, strategy="tensor"),
+    "compressed-tensors FP8, one scale per block": _compressed(
+        "float-quantized", **FLOAT8, strategy="block", block_structure=[128, 128]
+    ),
+    "compressed-tensors MXFP8": Format(modelopt_mxfp8, _compressed("mxfp8-quantized", **FLOAT8, **_MX).settings),
     "compressed-tensors NVFP4": _compressed(
         "nvfp4-pack-quantized", 700.0, **FLOAT4, strategy="tensor_group", group_size=16
     ),
@@ -352,9 +385,17 @@ FORMATS: dict[str, Format] = {
         mxfp4("_scale", torch.uint8, torch.uint8),
         _quark(dtype="fp4", qscheme="per_group", group_size=32, scale_format="e8m0", scale_type="float8_e8m0fnu"),
     ),
-    "Quark FP8": Format(
+    "Quark FP8, one scale per block": Format(
         fine_grained((128, 128), "_scale"),
         _quark(dtype="fp8_e4m3", qscheme="per_block", block_size=[128, 128], scale_type="float32"),
+    ),
+    "Quark NVFP4": Format(nvfp4(), _quark_nvfp4()),
+    "Quark FP8, one scale per matrix": Format(
+        per_matrix("_scale", ".input_scale"), _quark(dtype="fp8_e4m3", qscheme="per_tensor", scale_type="float32")
+    ),
+    "Quark FP8, one scale per row": Format(
+        per_channel("_scale", dims=1),
+        _quark(dtype="fp8_e4m3", qscheme="per_channel", ch_axis=0, scale_type="float32"),
     ),
     "Quark INT8": Format(int8(torch.float32, 1), _quark(dtype="int8", qscheme="per_channel", ch_axis=0)),
     "GPTQ": Format(gptq, {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": False}),

@@ -55,6 +55,7 @@ class Row:
 
 PACKED = No("packed codes stay as they are", "codes of the format .* cannot be rearranged")
 OF_A_MATRIX = No("one scale for a whole matrix", "its scales cannot be combined")
+OF_ONE_ELEMENT = No("one scale for a whole matrix", "its scales would not fit the config")
 OF_A_ROW = No("blocks of one row", "its scales would not fit the config", only_transposed=True)
 OF_ONE_DIMENSION = No("scales of one dimension", "its scales cannot be combined", only_transposed=True)
 OF_FOUR_DIMENSIONS = No("scales of four dimensions", "its scales cannot be combined", only_transposed=True)
@@ -123,6 +124,7 @@ def _row(
 
 ROWS: tuple[Row, ...] = (
     _row("FP8, one scale per block", "DeepSeek-V3, Qwen3-FP8, GLM-5-FP8, MiniMax-M2.5, MiMo-V2-Flash"),
+    _row("FP8, one scale per matrix", "Mistral's FP8", codes_laid_out=OF_A_MATRIX),
     _row("FP8, exponents per block", "DeepSeek-V4-Flash, outside its experts", codes_laid_out=OWN_NAMES),
     _row("FP8, exponents per 32 x 32", "DeepSeek-V4.1-Flash, outside its experts", codes_laid_out=OWN_NAMES),
     _row(
@@ -144,6 +146,8 @@ ROWS: tuple[Row, ...] = (
     ),
     _row("compressed-tensors INT8", "RedHatAI's W8A8", codes_laid_out=OF_A_ROW),
     _row("compressed-tensors FP8", "RedHatAI's FP8-dynamic", codes_laid_out=OF_A_ROW),
+    _row("compressed-tensors FP8, one scale per matrix", "RedHatAI's FP8", codes_laid_out=OF_ONE_ELEMENT),
+    _row("compressed-tensors FP8, one scale per block", "RedHatAI's FP8-block"),
     _row(
         "compressed-tensors FP8 of Granite, per expert",
         "RedHatAI's and IBM's FP8 of Granite",
@@ -164,6 +168,7 @@ ROWS: tuple[Row, ...] = (
     ),
     _row("compressed-tensors NVFP4", "RedHatAI's NVFP4", codes_laid_out=PACKED, hook=ROUNDED),
     _row("compressed-tensors MXFP4", "Kimi-K3", codes_laid_out=PACKED),
+    _row("compressed-tensors MXFP8", "llm-compressor's users", codes_laid_out=OF_A_ROW),
     _row("fbgemm_fp8", "Llama-4-Maverick-17B-128E-Instruct-FP8", codes_laid_out=OF_A_ROW, hook=FBGEMM),
     _row("ModelOpt FP8", "Nemotron-3-Super-120B-A12B-FP8", codes_laid_out=OF_A_MATRIX, hook=NO_QUANTIZER),
     _row("ModelOpt NVFP4", "Kimi-K2.5-NVFP4, GLM-5-NVFP4", codes_laid_out=PACKED, hook=NO_QUANTIZER),
@@ -220,7 +225,10 @@ ROWS: tuple[Row, ...] = (
         codes_laid_out=ALTERNATING,
     ),
     _row("Quark MXFP4", "amd's MXFP4", codes_laid_out=PACKED, hook=QUARK),
-    _row("Quark FP8", "amd's FP8, one scale per block", hook=QUARK),
+    _row("Quark FP8, one scale per block", "Quark's users", hook=QUARK),
+    _row("Quark FP8, one scale per matrix", "amd's FP8-KV", codes_laid_out=OF_A_MATRIX, hook=QUARK),
+    _row("Quark FP8, one scale per row", "amd's PTPC-FP8", codes_laid_out=OF_ONE_DIMENSION, hook=QUARK),
+    _row("Quark NVFP4", "Quark's users", codes_laid_out=PACKED, hook=QUARK),
     _row("Quark INT8", "amd's INT8", codes_laid_out=OF_ONE_DIMENSION, hook=QUARK),
     _row("GPTQ", "Qwen's GPTQ-Int4, and many others", codes_laid_out=PACKED, hook=GPTQ),
     _row("AWQ", "many on the Hub", codes_laid_out=PACKED, hook=AWQ),

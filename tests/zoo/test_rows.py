@@ -24,15 +24,22 @@ LAYOUTS = ("nemo", "gpt_oss", "vllm")
 # Formats that differ from another only in their block, their config or their model.
 VARIANTS = {
     "FP8, exponents per 32 x 32",
+    "FP8, one scale per matrix",
     "Inkling2Loop MXFP8",
     "ModelOpt MXFP4",
     "ModelOpt NVFP4 of Gemma-4, per expert",
     "ModelOpt W4A16_NVFP4",
     "ModelOpt W8A16",
+    "Quark FP8, one scale per matrix",
+    "Quark FP8, one scale per row",
     "Quark INT8",
+    "Quark NVFP4",
     "compressed-tensors FP8 of Gemma-4, per expert",
+    "compressed-tensors FP8, one scale per block",
+    "compressed-tensors FP8, one scale per matrix",
     "compressed-tensors INT4 with zero points",
     "compressed-tensors INT8",
+    "compressed-tensors MXFP8",
 }
 PARAMETERS = [
     pytest.param(row, id=row.record.name, marks=[pytest.mark.long] if row.record.name in VARIANTS else [])
