@@ -107,8 +107,8 @@ def codes_without_config(codes: str, checkpoint: Checkpoint) -> QuantizationErro
 def unpadded_table(checkpoint: Checkpoint, decoded: SourceTable, suspects: Iterable[PaddingSuspect]) -> SourceTable:
     """Return a table whose weights have only the columns that are not padding.
 
-    The true shape of a weight is data of a tensor. A table of a remote checkpoint has all columns, because it is
-    compiled from headers only. A load compiles its own, and refuses a plan in which columns are padding.
+    The true shape of a weight is the data of a tensor. The table of a remote checkpoint has all columns, because only
+    headers are read. A load computes the table again, and refuses a plan in which columns are padding.
 
     Args:
         checkpoint: the checkpoint.
@@ -116,7 +116,7 @@ def unpadded_table(checkpoint: Checkpoint, decoded: SourceTable, suspects: Itera
         suspects: see ``padding_suspects``.
 
     Raises:
-        QuantizationError: a true shape does not fit the packed codes.
+        QuantizationError: a true shape does not fit its packed codes.
     """
     if checkpoint.is_remote:
         return decoded
@@ -134,10 +134,11 @@ def unpadded_table(checkpoint: Checkpoint, decoded: SourceTable, suspects: Itera
             continue
         least = columns - codes_per_element + 1
         if true_shape is None or true_shape[:-1] != lead or true_shape[-1] not in range(least, columns):
-            text = f"{shape_name} does not fit the packed codes that it is the shape of"
+            text = f"{shape_name} does not fit its packed codes"
             expected = f"[{', '.join(map(str, lead))}, {least} to {columns}]"
             found = checkpoint.shapes[shape_rows[row]] if true_shape is None else true_shape
-            raise QuantizationError(message(text, where=checkpoint.names[row], expected=expected, found=found))
+            do = ["download the files again: they may be of different releases", KEEP]
+            raise QuantizationError(message(text, where=checkpoint.names[row], expected=expected, found=found, do=do))
         widths[row] = int(true_shape[-1])
     return without_padding(decoded, widths)
 

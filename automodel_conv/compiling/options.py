@@ -48,9 +48,9 @@ class PlanOptions(TypedDict, total=False):
 
     dequantize: bool
     """Decode the tensors that ``quantization_config`` in ``config.json`` describes as quantized, and round each element
-    once, to the dtype of its target. False: load codes and scales as tensors of their own. Without a model,
-    rules and ``layout`` move scales with their codes, as ``convert_checkpoint`` does; a model must have both (those of
-    transformers have, with an ``hf_quantizer``). Default: True."""
+    once, to the dtype of its target. False: load codes and scales as tensors of their own. With ``rules``, rules and
+    ``layout`` move scales with their codes, as in ``convert_checkpoint``. A model must have parameters for both, as
+    models of transformers have with an ``hf_quantizer``. Default: True."""
 
 
 class LoadOptions(PlanOptions, total=False):

@@ -106,6 +106,7 @@ def load_plan(
         plan, problems = plan_for(table, dtype)
         if codes is not None and model is not None:
             refuse_codes_without_scales(plan)
+            problems.keeps_codes = True
         elif codes is not None and codes_without_scales(plan) is not None:
             plan, problems = plan_with_scales(codes)
     else:
@@ -123,11 +124,14 @@ def compile_plan(
 ) -> CopyPlan:
     """Plan the load of a checkpoint from its headers, without reading tensor data.
 
-    There are two exceptions. For packed INT4 codes with one scale per row, or whose last group is smaller, the few
-    bytes of each ``weight_shape`` are read, because only they state whether rows end in padding. If the files of a
-    repository are not in the cache, the plan has the padding as columns, and a load refuses it. For GPTQ, each
-    ``g_idx`` is read, because only it states whether groups are in order. If the files are not in the cache, the load
-    reads it instead.
+    Two kinds of small tensors are exceptions, because only they state a fact that the plan needs:
+
+    - ``weight_shape`` of packed INT4 codes states whether rows end in padding. It is read if a row has one scale, or
+      if its last group is smaller than the others.
+    - ``g_idx`` of GPTQ states whether groups are in order.
+
+    A plan of a repository whose files are not in the cache reads neither, and counts padding as columns. A load reads
+    both, and refuses such a plan if rows end in padding.
 
     Args:
         checkpoint: an opened checkpoint, or a path that ``open_checkpoint`` accepts. No weights of ``org/name`` are

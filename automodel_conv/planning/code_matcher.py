@@ -97,7 +97,7 @@ class CodeMatcher:
         return scales if whole is None else self._part_rows(whole, self._method.scales)
 
     def _report_missing_scale(self, row: int, weight: str, packing: Packing) -> bool:
-        """Report codes without a scale, or return False if the tensor is no codes."""
+        """Report codes without a scale, or return False if the tensor does not hold codes."""
         if weight.endswith(self._method.scales):  # scales may be FP8 themselves
             return False
         is_codes = packing.suffix or self._table.dtypes[row].startswith(NARROW) or weight.endswith("weight")
@@ -111,7 +111,7 @@ class CodeMatcher:
         """Return a weight with its parts, and hide these.
 
         Raises:
-            Misfit: a part is present twice or not supported, or the codes have no shape of codes.
+            Misfit: a part is present twice or not supported, or the shape of the codes is invalid.
         """
         method = self._method
         zero_points = self._part_row(weight, method.zero_points)
@@ -152,8 +152,8 @@ class CodeMatcher:
             return
         true_shape = part_name(weight.name, suffix) or suffix
         if true_shape not in self._rows:
-            groups = f"{columns} columns, not whole groups of {group}"
-            kind = f"{{}} holds {groups}, and no {{}} states how many are padding"
+            groups = f"{columns} columns, which are not whole groups of {group}"
+            kind = f"{{}} has {groups}: no tensor {{}} states how many of them are padding"
             raise Misfit(kind, weight.codes.name, true_shape)
 
     def _decode(self, weight: CodedWeight, scheme: Scheme) -> Decode:

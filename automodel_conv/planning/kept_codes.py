@@ -112,7 +112,7 @@ def keep_codes(
 
 
 def _other_parts(unused: Mapping[str, Target], decoded: SourceTable) -> Iterator[Target]:
-    """Yield the targets of hidden tensors that are no scales of weights, such as scales of activations.
+    """Yield the targets of hidden tensors that are not scales of weights, such as scales of activations.
 
     Args:
         unused: targets of the plan of the scales that belong to no target of codes, by name.
@@ -173,7 +173,7 @@ def _refuse_unmovable(target: Target, stored: SourceTable, decoded: SourceTable)
     if any(decode.bits != 8 or len(decode.parts) > 1 for decode in known):
         raise _refused(target.name, f"codes of the format {known[0].format} cannot be rearranged")
     if any(decode.arrangement != PLAIN for decode in known):
-        raise _refused(target.name, f"its codes are arranged as {known[0].arrangement} before they are moved")
+        raise _refused(target.name, f"its codes are stored in another order than its values: {known[0].arrangement}")
     if len({stored.dtypes[row] for row in target.sources}) > 1:
         raise _refused(target.name, "its parts have codes of different formats")
 

@@ -26,6 +26,8 @@ class Problems:
     """Names in ``unexpected`` that ``unclaimed`` sources would have."""
     lacks_all_experts: bool = False
     """Whether the model has experts, and all of them are in ``missing``."""
+    keeps_codes: bool = False
+    """Whether the load keeps codes of quantized tensors although the model was given or built."""
 
     def accept_unclaimed(self) -> frozenset[int]:
         """Stop treating sources that no rule assigns to a target as a problem, and return their rows."""
@@ -108,7 +110,10 @@ class Problems:
             elif absent and in_files is not None and absent.isdisjoint(in_files) and numbers is None:
                 advice.append("copy or download the files again: no file has these tensors")
             # A load of the rest would leave the experts unfilled.
-            if not (self.failed or self.incomplete or self.lacks_all_experts or holds_some_experts):
+            if self.keeps_codes:
+                advice.append("{dequantize=True} decodes codes to values")
+                advice.append("{rules=[]} keeps codes and scales as stored")
+            elif not (self.failed or self.incomplete or self.lacks_all_experts or holds_some_experts):
                 advice.append("{strict=False} loads what fits, as transformers does")
             raise NameProblems(
                 Message("\n".join([f"checkpoint and model do not fit together: {where}", *sections]), advice),

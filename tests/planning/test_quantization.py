@@ -253,7 +253,7 @@ WITH_ZERO_POINTS = compressed(num_bits=4, type="int", strategy="group", group_si
         (
             INT4,
             {"a__weight_packed": ("I32", (64, 13)), "a__weight_scale": ("BF16", (64, 4))},
-            "a.weight_packed holds 104 columns, not whole groups of 32, and no a.weight_shape states how many are",
+            "a.weight_packed has 104 columns, which are not whole groups of 32: no tensor a.weight_shape states how",
         ),
         (FP8, SCALED | {"b__weight": ("I8", (64, 64))}, "b.weight has no scale: no tensor is named b.weight_scale_inv"),
         (FP8, SCALED | {"b__weight": ("F8_E4M3FNUZ", (8, 8))}, "b.weight is F8_E4M3FNUZ, and nothing describes how"),

@@ -113,6 +113,15 @@ def test_packed_codes_are_refused_with_advice(int4, layout):
     assert_same(int4.load(rules=[]), tensors_of(int4.path))
 
 
+@pytest.mark.parametrize("scheme", ["gptq", "awq", "nvfp4"])
+def test_model_of_the_config_has_no_place_for_packed_codes(tmp_path, scheme):
+    quantized("", tmp_path, PRODUCERS[scheme], qwen(hidden=64, intermediate=32))
+    with pytest.raises(amc.NameProblems) as caught:
+        amc.load_state_dict(tmp_path, dequantize=False)
+    assert "dequantize=True decodes codes to values; rules=[] keeps codes and scales as stored" in str(caught.value)
+    assert "strict=" not in str(caught.value)
+
+
 @pytest.mark.parametrize("layout", KEPT_LAYOUTS)
 @pytest.mark.parametrize("scheme", ["int4 g32", "gptq", "awq", "nvfp4", "fp8 128x128"])
 def test_codes_that_no_rule_or_layout_moves_stay_as_stored(tmp_path, scheme, layout):
