@@ -85,7 +85,7 @@ def rules_of(model: bool, recipe: str | None) -> list[Any] | None:
     if recipe is None:
         return None if model else []
     if not model:
-        raise typer.BadParameter("--no-model keeps all names, so it excludes the rules of a recipe", param_hint="--recipe")
+        raise typer.BadParameter("it excludes --no-model, which keeps all names", param_hint="--recipe")
     if recipe not in RECIPES:
         raise typer.BadParameter(f"no recipe {recipe!r}, only {', '.join(sorted(RECIPES))}", param_hint="--recipe")
     return RECIPES[recipe]()

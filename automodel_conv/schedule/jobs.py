@@ -251,7 +251,7 @@ class SlabRead(NamedTuple):
     """Offset of the first byte in the part."""
     nbytes: int
     start_bytes: int
-    """Offset in the scratch of the slab of the first byte that is filled."""
+    """Offset of the first byte that is filled, in the scratch of the slab."""
 
 
 class SourceSlab(NamedTuple):

@@ -1,4 +1,4 @@
-"""Tests of telling problems of one kind once."""
+"""Tests of problems of one kind, which are reported once."""
 
 import pytest
 
@@ -14,7 +14,7 @@ def scales_missing(count):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_few_problems_of_one_kind_are_told_one_by_one(count):
+def test_few_problems_of_one_kind_are_reported_one_by_one(count):
     texts = [f"a{n} has no scale: no tensor is named a{n}_scale" for n in range(count)]
     assert scales_missing(count).texts() == texts
 
@@ -25,7 +25,7 @@ def test_many_problems_of_one_kind_are_one_text_with_three_names_and_a_count(cou
     assert scales_missing(count).texts() == [text]
 
 
-def test_as_many_as_wanted_are_told_one_by_one():
+def test_as_many_as_wanted_are_reported_one_by_one():
     assert len(scales_missing(20).texts(20)) == 20
     [text] = scales_missing(21).texts(20)
     assert text.endswith("; the same for a1, a2 and 18 more")

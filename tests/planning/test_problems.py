@@ -53,6 +53,12 @@ def test_strict_is_advised_only_if_it_would_load_what_is_of_use():
         assert "strict" not in str(error_of(fatal))
 
 
+def test_decoding_is_advised_if_the_load_keeps_codes():
+    text = str(error_of(Problems(missing=["m"], unexpected=["u"], keeps_codes=True)))
+    assert "; dequantize=True decodes codes to values; rules=[] keeps codes and scales as stored" in text
+    assert "strict" not in text
+
+
 def test_absent_parts_are_to_be_copied_again_only_if_no_file_has_them():
     problems, advice = Problems(incomplete=[("t", ("t.3",))]), "copy or download the files again: no file has these"
     assert advice in str(error_of(problems, in_files={"t.2"}))

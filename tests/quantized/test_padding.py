@@ -146,5 +146,5 @@ def test_groups_that_do_not_divide_the_columns_need_the_true_shape(tmp_path):
     parts, _ = packed(5, 101, 32)
     del parts["_shape"]
     write(tmp_path, settings(32), a=parts)
-    with pytest.raises(amc.QuantizationError, match=r"104 columns, which are not whole groups of 32: no tensor a\.weight_shape"):
+    with pytest.raises(amc.QuantizationError, match=r"104 columns, .* groups of 32: no tensor a\.weight_shape"):
         amc.load_state_dict(tmp_path, rules=[])

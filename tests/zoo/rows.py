@@ -1,4 +1,4 @@
-"""The table of formats in the documentation: how each is read, and why not where it is not.
+"""The table of formats in the documentation: what works with each, and the reason if something does not.
 
 ``test_rows.py`` tests each cell. ``python -m tests.zoo.rows`` writes the table to ``docs/formats.md``.
 """
@@ -32,7 +32,7 @@ class No:
     """Why something is refused."""
 
     reason: str
-    """The reason, as the table tells it."""
+    """The reason, as the table states it."""
     error: str
     """A pattern of the error; ``"left"`` if the hook leaves the tensors to transformers."""
     only_transposed: bool = False
