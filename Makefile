@@ -14,10 +14,10 @@ PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal --hypothesis-profile=
 OTHER_TRANSFORMERS := 5.23.0 5.17.0 5.12.1
 # Older packages to install with a release that the shared environment is too new for.
 EXTRA_5.12.1 := tokenizers==0.22.2
-# Tests of the code that calls transformers' objects. `test` runs on every other release what that release can change:
-# RULE_TESTS, and TRANSFORMERS_TESTS if its loader is not that of the pinned release. Executors are the same on all, so
-# of the sweep two loads are left out. `test-long` runs all tests that import transformers, except those of crash safety,
-# which count the files that one release writes.
+# Tests of the code that calls transformers' objects. On every other release, `test` runs those whose results depend on
+# the release: RULE_TESTS if its loader is that of the pinned release, else TRANSFORMERS_TESTS. The sweep leaves out two
+# loads that differ from the others only in the executor. `test-long` runs all tests that import transformers, except
+# those of crash safety, which count the files that one release writes.
 RULE_TESTS := tests/upstream tests/doors/conversion_mapping tests/planning/test_compiler.py \
 	tests/planning/test_operations.py tests/planning/test_upstream_operations.py tests/planning/test_square.py \
 	tests/quantized/test_models.py tests/whole/test_installed_transformers.py tests/whole/test_sweep.py \
