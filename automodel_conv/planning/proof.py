@@ -28,8 +28,10 @@ def prove(targets: Sequence[Target], sources: SourceTable) -> None:
         if target.fallback is not None:
             continue
         _prove_reads_inside(target, sources)
-        if not 0 <= target.zero_rows <= (target.shape or (0,))[0]:
-            raise CoverageError(message(f"{target.name} has {target.zero_rows} rows of zeros", found=target.shape))
+        rows = (target.shape or (0,))[0]
+        if not 0 <= target.zero_rows <= rows:
+            text = f"the number of rows of zeros of {target.name} is impossible"
+            raise CoverageError(message(text, expected=f"0 to {rows}", found=target.zero_rows))
         numel = target.copied_numel
         key = (id(target.copies), numel)
         if key not in proved:

@@ -32,7 +32,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 DTYPES = [torch.bfloat16, torch.float32, torch.float16]
 FP4 = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 WEIGHT = "model.layers.0.mlp.experts.w13_weight"
-# Factors that are exact in no 16 bits, zero, infinite, not a number, subnormal, too large, and negative.
+# Factors that no float of 16 bits holds exactly, zero, infinity, NaN, subnormal, too large and negative ones.
 QUOTIENTS = [
     (1.2345678, 2688.0),
     (0.0, 2688.0),
