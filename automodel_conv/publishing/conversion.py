@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from automodel_conv.compiling.carrying import carried_targets, checked_patterns, dropped_rows, refuse_halves
-from automodel_conv.compiling.decoded import codes_without_config, decoded_table, kept_plan, quantization_of
+from automodel_conv.compiling.decoded import codes_without_config, decoded_table, quantization_of
+from automodel_conv.compiling.keeping import kept_plan
 from automodel_conv.compiling.marks import layout_to_read, naming_of_conversion, stated_layout
 from automodel_conv.compiling.stages import without_casts
 from automodel_conv.compiling.to_checkpoint import in_saving_order, saving_plan
