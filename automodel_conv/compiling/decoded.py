@@ -126,12 +126,13 @@ def _refuse_shuffled_groups(checkpoint: Checkpoint, indices: Iterable[tuple[str,
     rows = {
         row: (columns, group) for name, columns, group in indices if (row := checkpoint.position.get(name)) is not None
     }
-    in_order: dict[tuple[int, int], torch.Tensor] = {}
     for row, (columns, group) in rows.items():
         if (checkpoint.dtypes[row], checkpoint.shapes[row]) != ("I32", (columns,)):
             stored = f"{checkpoint.dtypes[row]} {list(checkpoint.shapes[row])}"
             raise _shuffled_groups(checkpoint.names[row], columns, group, stored)
-        in_order.setdefault((columns, group), torch.arange(columns, dtype=torch.int32) // group)
+    in_order = {
+        (columns, group): torch.arange(columns, dtype=torch.int32) // group for columns, group in set(rows.values())
+    }
     for row, stored in zip(rows, read_each(list(rows), checkpoint), strict=True):
         expected = in_order[rows[row]]
         if not torch.equal(stored, expected):
