@@ -152,13 +152,8 @@ def compile_conversion(
             model_is_built=model is not None,
         )
         if layout == PER_EXPERT:
-            grouped_layout = None if source_layout == PER_EXPERT else source_layout
-            published = _published_rows(plan, grouped_layout)
-            saved = replace(plan.sources, hidden=plan.sources.hidden | carried | published)
-            split = saving_plan(saved, model=model, rules=rules, layout=grouped_layout, checked=True)
-            targets = (*split.targets, *carried_targets(plan.sources, published, None, split.targets))
-            whole = in_saving_order(CopyPlan(plan.sources, targets, split.rules), model)
-            return with_dtype(whole, dtype, model, rules), carried
+            split = _split_plan(plan, carried, model, rules, None if source_layout == PER_EXPERT else source_layout)
+            return with_dtype(split, dtype, model, rules), carried
         return (without_casts(plan) if dtype is None else plan), carried
 
     if quantized is None:
@@ -176,14 +171,7 @@ def compile_conversion(
         )
     if layout == PER_EXPERT:
         _refuse_grouped(plan, model)
-    if plan.fallbacks:
-        raise UnsupportedError(
-            message(
-                f"only transformers' own code can convert {len(plan.fallbacks)} tensors, and it needs them in memory",
-                found="\n" + listing(plan.fallbacks),
-                do="load the model and save it",
-            )
-        )
+    _refuse_fallbacks(plan)
     if keeps_names:
         layout = stated_layout(checkpoint, None)
     elif layout is None and model is None and source_layout is not None:
@@ -193,6 +181,30 @@ def compile_conversion(
     plan = CopyPlan(table, (*plan.targets, *extra_targets), plan.rules)
     shards = tuple(divide(specs_of(plan.targets), most_bytes, naming))
     return Conversion(checkpoint, plan, shards, naming, tuple(checkpoint.names[row] for row in sorted(carried)))
+
+
+def _split_plan(
+    plan: CopyPlan,
+    carried: frozenset[int],
+    model: nn.Module | None,
+    rules: list[Any] | None,
+    grouped_layout: str | None,
+) -> CopyPlan:
+    """Return the plan from the sources to the published form, with one tensor for each expert.
+
+    Args:
+        plan: plan from the sources to the model.
+        carried: rows of carried tensors, which it leaves out.
+        model: the model, or None.
+        rules: the rules; None: the model's own.
+        grouped_layout: layout of grouped experts in the sources; None if they are not grouped, or as the model has
+            them.
+    """
+    published = _published_rows(plan, grouped_layout)
+    saved = replace(plan.sources, hidden=plan.sources.hidden | carried | published)
+    split = saving_plan(saved, model=model, rules=rules, layout=grouped_layout, checked=True)
+    targets = (*split.targets, *carried_targets(plan.sources, published, None, split.targets))
+    return in_saving_order(CopyPlan(plan.sources, targets, split.rules), model)
 
 
 def _published_rows(plan: CopyPlan, grouped_layout: str | None) -> frozenset[int]:
@@ -212,6 +224,18 @@ def _published_rows(plan: CopyPlan, grouped_layout: str | None) -> frozenset[int
         for row in target.sources
         if names[row] not in produced and not (grouped_layout is not None and holds_grouped_experts(names[row]))
     )
+
+
+def _refuse_fallbacks(plan: CopyPlan) -> None:
+    """Raise UnsupportedError if a plan for files has targets that only transformers' own code can fill."""
+    if plan.fallbacks:
+        raise UnsupportedError(
+            message(
+                f"only transformers' own code can convert {len(plan.fallbacks)} tensors, and it needs them in memory",
+                found="\n" + listing(plan.fallbacks),
+                do="load the model and save it",
+            )
+        )
 
 
 def _refuse_grouped(plan: CopyPlan, model: nn.Module | None) -> None:
