@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -12,10 +13,23 @@ from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.files.config import Quantization
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.kept_codes import codes_without_scales, keep_codes
+from automodel_conv.planning.layouts import PER_EXPERT
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.problems import Problems
 from automodel_conv.planning.quantization import quantized_table
 from automodel_conv.planning.schemes import read_config
+from automodel_conv.upstream.rules import RuleSet
+
+
+def only_renames(rules: Sequence[Any] | None, layout: str | None, source_layout: str | None) -> bool:
+    """Return whether each target has one source, so that codes in any format can keep their scales.
+
+    Args:
+        rules: rules of a load or conversion without a model.
+        layout: its layout.
+        source_layout: layout of the sources.
+    """
+    return layout is None and source_layout in (None, PER_EXPERT) and not RuleSet(rules).converters
 
 
 def keeping_plan(
@@ -24,7 +38,7 @@ def keeping_plan(
     dtype: torch.dtype | None,
     plan_of: Callable[..., tuple[CopyPlan, Problems]],
     *,
-    only_renames: bool,
+    renames: bool,
 ) -> tuple[CopyPlan, Problems]:
     """Return the plan of a load without a model that keeps codes, and the problems of its fit.
 
@@ -33,15 +47,14 @@ def keeping_plan(
         codes: name of the first tensor that looks like codes.
         dtype: dtype of floating tensors; None: as stored.
         plan_of: ``loading_plan`` for these rules and layouts. It takes a table, ``dtype`` and ``produce_all``.
-        only_renames: whether each target has one source. Then codes in any format can keep their scales, without a
-            config that describes them.
+        renames: see ``only_renames``. Scales that follow their codes by name need no config that describes them.
 
     Raises:
         QuantizationError: see ``decoded_table``.
         UnsupportedError: see ``keep_codes``.
     """
     stored = SourceTable.from_checkpoint(checkpoint)
-    if only_renames:
+    if renames:
         plan, problems = plan_of(stored, dtype=dtype)
         if codes_without_scales(plan) is None:
             return plan, problems

@@ -11,7 +11,7 @@ from torch import nn
 from typing_extensions import Unpack
 
 from automodel_conv.compiling.decoded import decoded_table
-from automodel_conv.compiling.keeping import keeping_plan
+from automodel_conv.compiling.keeping import keeping_plan, only_renames
 from automodel_conv.compiling.marks import layout_to_read, stated_layout
 from automodel_conv.compiling.options import PlanOptions, PlanSettings
 from automodel_conv.compiling.to_model import loading_plan
@@ -28,7 +28,6 @@ from automodel_conv.planning.problems import Problems
 from automodel_conv.planning.wanted import AsStored
 from automodel_conv.upstream.from_config import meta_model
 from automodel_conv.upstream.models import checked_dtype
-from automodel_conv.upstream.rules import RuleSet
 from automodel_conv.upstream.stored_dtypes import dequantizer, left_as_stored
 from automodel_conv.upstream.wrappers import plain_model
 
@@ -79,8 +78,8 @@ def load_plan(
     # A quantizer has rules for scales of its own.
     codes = None if settings.dequantize or (quantizer is not None and rules is None) else has_codes(table)
     if codes is not None and model is None:
-        only_renames = layout is None and layout_read in (None, PER_EXPERT) and not RuleSet(rules).converters
-        plan, problems = keeping_plan(checkpoint, codes, dtype, plan_of, only_renames=only_renames)
+        renames = only_renames(rules, layout, layout_read)
+        plan, problems = keeping_plan(checkpoint, codes, dtype, plan_of, renames=renames)
     else:
         plan, problems = plan_of(table, dtype=dtype)
         if codes is not None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from automodel_conv.compiling.carrying import carried_targets, checked_patterns, dropped_rows, refuse_halves
 from automodel_conv.compiling.decoded import codes_without_config, decoded_table, quantization_of
-from automodel_conv.compiling.keeping import kept_plan
+from automodel_conv.compiling.keeping import kept_plan, only_renames
 from automodel_conv.compiling.marks import layout_to_read, naming_of_conversion, stated_layout
 from automodel_conv.compiling.stages import without_casts
 from automodel_conv.compiling.to_checkpoint import in_saving_order, saving_plan
@@ -31,6 +31,7 @@ from automodel_conv.files.shards import Naming, Shard, divide, parse_size
 from automodel_conv.planning.code_names import has_codes, names_of_codes
 from automodel_conv.planning.composition import table_of
 from automodel_conv.planning.copies import SourceTable, Target
+from automodel_conv.planning.kept_codes import codes_without_scales
 from automodel_conv.planning.layouts import PER_EXPERT, get_layout, holds_grouped_experts
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.unmarked import unsplit_experts_error
@@ -125,9 +126,8 @@ def compile_conversion(
     # Codes of separate experts are copied unchanged: no model accepts them, and there is nothing to split.
     codes = None if dequantize else has_codes(table)
     keeps_codes = layout == PER_EXPERT and codes is not None and not any(map(holds_grouped_experts, table.names))
-    quantized = quantization_of(checkpoint) if codes is not None and not keeps_codes and not keeps_names else None
-    if codes is not None and quantized is None and not keeps_codes and rules != []:
-        raise codes_without_config(codes, checkpoint)
+    stays = codes is None or keeps_codes or keeps_names
+    renames = model is None and not dropped and only_renames(rules, layout, source_layout)
 
     def plan_for(
         sources: SourceTable, dtype: torch.dtype | None, *, produce_all: bool = False
@@ -156,8 +156,14 @@ def compile_conversion(
             return with_dtype(split, dtype, model, rules), carried
         return (without_casts(plan) if dtype is None else plan), carried
 
+    planned = plan_for(table, dtype) if stays or renames else None
+    if not stays and planned is not None and codes_without_scales(planned[0]) is not None:
+        planned = None
+    quantized = quantization_of(checkpoint) if planned is None else None
+    if codes is not None and planned is None and quantized is None and rules != []:
+        raise codes_without_config(codes, checkpoint)
     if quantized is None:
-        plan, carried = plan_for(table, dtype)
+        plan, carried = planned or plan_for(table, dtype)
         table = replace(table, names=plan.sources.names)  # without the prefixes of torch's wrappers
     else:
         decoded = decoded_table(checkpoint, needs_values=True)

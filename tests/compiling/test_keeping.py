@@ -38,7 +38,7 @@ def test_kept_plan_has_codes_and_scales_in_place_of_values(tmp_path, renaming):
 
 def test_names_alone_change_without_a_config(tmp_path, renaming):
     checkpoint = write(tmp_path, int4_tensors(16))
-    plan, _ = keeping_plan(checkpoint, "a.weight_packed", None, renaming, only_renames=True)
+    plan, _ = keeping_plan(checkpoint, "a.weight_packed", None, renaming, renames=True)
     assert set(described(plan)) == {"b.weight_packed", "b.weight_scale", "b.weight_shape"}
 
 
@@ -46,14 +46,14 @@ def test_scales_that_do_not_follow_by_name_are_planned(tmp_path):
     pytest.importorskip("transformers", reason="key_mapping needs transformers")
     plan_of = partial(loading_plan, rules=[], key_mapping={"a.weight$": "b.weight"})
     checkpoint = write(tmp_path, fp8_tensors(), config=FP8)
-    plan, _ = keeping_plan(checkpoint, "a.weight", torch.bfloat16, plan_of, only_renames=True)
+    plan, _ = keeping_plan(checkpoint, "a.weight", torch.bfloat16, plan_of, renames=True)
     assert described(plan) == {"b.weight": ("F8_E4M3", (4, 6)), "b.weight_scale_inv": ("F32", (2, 3))}
 
 
 def test_packed_codes_that_stay_are_as_stored(tmp_path):
     checkpoint = write(tmp_path, int4_tensors(16), config=INT4)
     stored = SourceTable.from_checkpoint(checkpoint)
-    plan, _ = keeping_plan(checkpoint, "a.weight_packed", None, partial(loading_plan, rules=[]), only_renames=False)
+    plan, _ = keeping_plan(checkpoint, "a.weight_packed", None, partial(loading_plan, rules=[]), renames=False)
     kinds = zip(stored.dtypes, stored.shapes, strict=True)
     assert described(plan) == dict(zip(stored.names, kinds, strict=True))
 
@@ -61,7 +61,7 @@ def test_packed_codes_that_stay_are_as_stored(tmp_path):
 def test_codes_that_rules_could_move_need_a_config(tmp_path):
     checkpoint = write(tmp_path, int4_tensors(16))
     with pytest.raises(QuantizationError, match=r"a\.weight_packed has the form of quantized codes, but no config"):
-        keeping_plan(checkpoint, "a.weight_packed", None, partial(loading_plan, rules=[]), only_renames=False)
+        keeping_plan(checkpoint, "a.weight_packed", None, partial(loading_plan, rules=[]), renames=False)
 
 
 def test_packed_codes_that_move_are_refused(tmp_path):
@@ -69,4 +69,4 @@ def test_packed_codes_that_move_are_refused(tmp_path):
     plan_of = partial(loading_plan, rules=[], key_mapping={"weight$": "moved", "weight_packed$": "moved"})
     checkpoint = write(tmp_path, int4_tensors(16), config=INT4)
     with pytest.raises(UnsupportedError, match=r"a\.moved: codes and scales cannot be kept in this layout"):
-        keeping_plan(checkpoint, "a.weight_packed", None, plan_of, only_renames=True)
+        keeping_plan(checkpoint, "a.weight_packed", None, plan_of, renames=True)
