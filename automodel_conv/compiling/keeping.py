@@ -9,8 +9,10 @@ import torch
 
 from automodel_conv.compiling.decoded import codes_without_config, decoded_table, quantization_of
 from automodel_conv.compiling.stages import without_casts
+from automodel_conv.errors import QuantizationError, UnsupportedError
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.files.config import Quantization
+from automodel_conv.planning.composition import table_of
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.kept_codes import codes_without_scales, keep_codes
 from automodel_conv.planning.layouts import PER_EXPERT
@@ -30,6 +32,21 @@ def only_renames(rules: Sequence[Any] | None, layout: str | None, source_layout:
         source_layout: layout of the sources.
     """
     return layout is None and source_layout in (None, PER_EXPERT) and not RuleSet(rules).converters
+
+
+def keeps_parts(checkpoint: Checkpoint, plan: CopyPlan) -> bool:
+    """Return whether codes have all their parts, such as zero points, under the names that a plan gives them."""
+    if codes_without_scales(plan) is not None:
+        return False
+    config = quantization_of(checkpoint)
+    try:
+        if config is not None:
+            quantized_table(table_of(plan.targets), config.settings, where=config.path)
+    except QuantizationError:
+        return False
+    except UnsupportedError:  # codes of unknown parts
+        return True
+    return True
 
 
 def keeping_plan(

@@ -12,7 +12,7 @@ from torch import nn
 
 from automodel_conv.compiling.carrying import carried_targets, checked_patterns, dropped_rows, refuse_halves
 from automodel_conv.compiling.decoded import codes_without_config, decoded_table, quantization_of
-from automodel_conv.compiling.keeping import kept_plan, only_renames
+from automodel_conv.compiling.keeping import keeps_parts, kept_plan, only_renames
 from automodel_conv.compiling.marks import layout_to_read, naming_of_conversion, stated_layout
 from automodel_conv.compiling.stages import without_casts
 from automodel_conv.compiling.to_checkpoint import in_saving_order, saving_plan
@@ -31,7 +31,6 @@ from automodel_conv.files.shards import Naming, Shard, divide, parse_size
 from automodel_conv.planning.code_names import has_codes, names_of_codes
 from automodel_conv.planning.composition import table_of
 from automodel_conv.planning.copies import SourceTable, Target
-from automodel_conv.planning.kept_codes import codes_without_scales
 from automodel_conv.planning.layouts import PER_EXPERT, get_layout, holds_grouped_experts
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.unmarked import unsplit_experts_error
@@ -157,7 +156,7 @@ def compile_conversion(
         return (without_casts(plan) if dtype is None else plan), carried
 
     planned = plan_for(table, dtype) if stays or renames else None
-    if not stays and planned is not None and codes_without_scales(planned[0]) is not None:
+    if not stays and planned is not None and not keeps_parts(checkpoint, planned[0]):
         planned = None
     quantized = quantization_of(checkpoint) if planned is None else None
     if codes is not None and planned is None and quantized is None and rules != []:

@@ -1,18 +1,21 @@
 """Tests of plans that keep codes: scales go where their codes go."""
 
+import copy
 from functools import partial
 
 import pytest
 import torch
 
 from automodel_conv.compiling.decoded import decoded_table, quantization_of
-from automodel_conv.compiling.keeping import keeping_plan, kept_plan
+from automodel_conv.compiling.keeping import keeping_plan, keeps_parts, kept_plan
 from automodel_conv.compiling.to_model import loading_plan
 from automodel_conv.errors import QuantizationError, UnsupportedError
 from automodel_conv.planning.copies import SourceTable
 from tests.compiling.support import write
 from tests.compiling.test_decoded import FP8, INT4, fp8_tensors, int4_tensors
 
+ASYMMETRIC = copy.deepcopy(INT4)
+ASYMMETRIC["quantization_config"]["config_groups"]["0"]["weights"]["symmetric"] = False
 RENAMES = {"key_mapping": {"^a": "b"}}
 
 
@@ -62,6 +65,25 @@ def test_codes_that_rules_could_move_need_a_config(tmp_path):
     checkpoint = write(tmp_path, int4_tensors(16))
     with pytest.raises(QuantizationError, match=r"a\.weight_packed has the form of quantized codes, but no config"):
         keeping_plan(checkpoint, "a.weight_packed", None, partial(loading_plan, rules=[]), renames=False)
+
+
+@pytest.mark.parametrize(
+    ("moved", "config", "kept"),
+    [
+        ("packed|scale|zero_point", ASYMMETRIC, True),
+        ("packed|scale", ASYMMETRIC, False),
+        ("packed|zero_point", {}, False),
+        ("packed|scale", {}, True),
+        ("packed|scale", {"quantization_config": {"quant_method": "unknown"}}, True),
+    ],
+)
+def test_parts_are_kept_if_the_config_still_describes_them(tmp_path, moved, config, kept):
+    pytest.importorskip("transformers", reason="key_mapping needs transformers")
+    tensors = int4_tensors(16) | {"a.weight_zero_point": torch.zeros(1, 1, dtype=torch.int32)}
+    checkpoint = write(tmp_path, tensors, config=config)
+    renames = {f"^a.weight_({moved})$": r"b.weight_\1"}
+    plan, _ = loading_plan(SourceTable.from_checkpoint(checkpoint), rules=[], key_mapping=renames)
+    assert keeps_parts(checkpoint, plan) == kept
 
 
 def test_packed_codes_that_move_are_refused(tmp_path):
