@@ -75,5 +75,5 @@ def _in_options(argument: str, options: Container[str]) -> str | None:
 
 def _recipe_option(argument: str) -> str | None:
     """Return the option for the rules of a recipe; None if only Python has them."""
-    options = {f"{_RECIPES}{recipe.__name__}()": f"--recipe {name}" for name, recipe in RECIPES.items()}
-    return options.get(argument)
+    names = (name for name, recipe in RECIPES.items() if argument == f"{_RECIPES}{recipe.__name__}()")
+    return next((f"--recipe {name}" for name in names), None)

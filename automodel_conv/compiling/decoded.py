@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 
@@ -13,8 +13,6 @@ from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.files.config import CONFIG_NAME, MODELOPT_NAME, Quantization, model_type_of, quantization
 from automodel_conv.planning.code_names import has_codes
 from automodel_conv.planning.copies import SourceTable
-from automodel_conv.planning.kept_codes import keep_codes
-from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.quantization import (
     PaddingSuspect,
     group_indices,
@@ -22,7 +20,7 @@ from automodel_conv.planning.quantization import (
     quantized_table,
     without_padding,
 )
-from automodel_conv.planning.schemes import KEEP, implied_config, read_config
+from automodel_conv.planning.schemes import KEEP, implied_config
 
 
 def decoded_table(checkpoint: Checkpoint, needs_values: bool) -> SourceTable:
@@ -60,36 +58,6 @@ def quantization_of(checkpoint: Checkpoint) -> Quantization | None:
         return stated
     settings = implied_config(model_type_of(checkpoint.directory))
     return None if settings is None else Quantization(settings, os.path.join(checkpoint.directory, CONFIG_NAME))
-
-
-def kept_plan(
-    config: Quantization,
-    table: SourceTable,
-    decoded: SourceTable,
-    values: CopyPlan,
-    plan_of: Callable[[SourceTable], CopyPlan],
-) -> CopyPlan:
-    """Return the plan that produces codes and scales where ``values`` produces decoded values.
-
-    Args:
-        config: how the checkpoint is quantized.
-        table: its tensors as stored.
-        decoded: see ``decoded_table``.
-        values: a plan whose sources are ``decoded``.
-        plan_of: see ``keep_codes``.
-
-    Raises:
-        UnsupportedError: see ``keep_codes``.
-    """
-    method, _ = read_config(config.settings, config.path)
-    return keep_codes(
-        table,
-        decoded,
-        values,
-        plan_of,
-        lambda converted: quantized_table(converted, config.settings, where=config.path),
-        method.whole_name,
-    )
 
 
 def codes_without_config(codes: str, checkpoint: Checkpoint) -> QuantizationError:
@@ -159,12 +127,13 @@ def _refuse_shuffled_groups(checkpoint: Checkpoint, indices: Iterable[tuple[str,
     rows = {
         row: (columns, group) for name, columns, group in indices if (row := checkpoint.position.get(name)) is not None
     }
-    in_order: dict[tuple[int, int], torch.Tensor] = {}
     for row, (columns, group) in rows.items():
         if (checkpoint.dtypes[row], checkpoint.shapes[row]) != ("I32", (columns,)):
             stored = f"{checkpoint.dtypes[row]} {list(checkpoint.shapes[row])}"
             raise _shuffled_groups(checkpoint.names[row], columns, group, stored)
-        in_order.setdefault((columns, group), torch.arange(columns, dtype=torch.int32) // group)
+    in_order = {
+        (columns, group): torch.arange(columns, dtype=torch.int32) // group for columns, group in set(rows.values())
+    }
     for row, stored in zip(rows, read_each(list(rows), checkpoint), strict=True):
         expected = in_order[rows[row]]
         if not torch.equal(stored, expected):

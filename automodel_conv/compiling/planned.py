@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
-import torch
 from torch import nn
 from typing_extensions import Unpack
 
-from automodel_conv.compiling.decoded import codes_without_config, decoded_table, kept_plan, quantization_of
+from automodel_conv.compiling.decoded import decoded_table
+from automodel_conv.compiling.keeping import keeping_plan, only_renames
 from automodel_conv.compiling.marks import layout_to_read, stated_layout
 from automodel_conv.compiling.options import PlanOptions, PlanSettings
-from automodel_conv.compiling.stages import without_casts
 from automodel_conv.compiling.to_model import loading_plan
 from automodel_conv.doors import door, keyword_options
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
@@ -20,13 +21,13 @@ from automodel_conv.files.config import quantization_config
 from automodel_conv.files.hub import with_repository
 from automodel_conv.planning.code_names import has_codes
 from automodel_conv.planning.copies import SourceTable
-from automodel_conv.planning.kept_codes import codes_without_scales, refuse_codes_without_scales
+from automodel_conv.planning.kept_codes import refuse_codes_without_scales
 from automodel_conv.planning.layouts import LAYOUTS, PER_EXPERT, get_layout
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.problems import Problems
+from automodel_conv.planning.wanted import AsStored
 from automodel_conv.upstream.from_config import meta_model
 from automodel_conv.upstream.models import checked_dtype
-from automodel_conv.upstream.rules import RuleSet
 from automodel_conv.upstream.stored_dtypes import dequantizer, left_as_stored
 from automodel_conv.upstream.wrappers import plain_model
 
@@ -56,65 +57,55 @@ def load_plan(
     rules = None if settings.rules is None else list(settings.rules)
     if model is None and rules is None:
         model, dtype = meta_model(checkpoint, dtype), None
-    quantizer = None if settings.dequantize else getattr(model, "hf_quantizer", None)
     if settings.dequantize:
         table = decoded_table(checkpoint, needs_values=model is not None)
     else:
         table = SourceTable.from_checkpoint(checkpoint)
-    quantization = quantization_config(checkpoint.directory) if table.decodes and model is not None else None
-    casting = quantizer if quantization is None else dequantizer(quantization)
-    decoded = {table.names[row] for row in table.decodes}
+    quantizer = None if settings.dequantize else getattr(model, "hf_quantizer", None)
     keeps_names = model is None and not rules and layout is None
     layout_read = layout_to_read(checkpoint, source_layout, keeps_names=keeps_names)
-
-    def plan_for(
-        sources: SourceTable, dtype: torch.dtype | None, *, produce_all: bool = False
-    ) -> tuple[CopyPlan, Problems]:
-        return loading_plan(
-            sources,
-            model=model,
-            rules=rules,
-            layout=layout,
-            source_layout=layout_read,
-            key_mapping=settings.key_mapping,
-            dtype=dtype,
-            in_place=in_place,
-            quantizer=quantizer,
-            as_stored=left_as_stored(model, casting, settings.key_mapping, decoded) if rules is None else None,
-            produce_all=produce_all,
-        )
-
-    def plan_with_scales(codes: str) -> tuple[CopyPlan, Problems]:
-        config = quantization_of(checkpoint)
-        if config is None:
-            raise codes_without_config(codes, checkpoint)
-        values = decoded_table(checkpoint, needs_values=True)
-        plan, problems = plan_for(values, dtype)
-        coded = [target for target in plan.targets if not values.decodes.keys().isdisjoint(target.sources)]
-        if all(target.rule == -1 and target.name == values.names[target.sources[0]] for target in coded):
-            return plan_for(table, dtype)  # all codes stay as stored, in any format
-
-        def scales_for(scales: SourceTable) -> CopyPlan:
-            return without_casts(plan_for(scales, None, produce_all=True)[0])
-
-        return kept_plan(config, table, values, plan, scales_for), problems
-
+    plan_of = partial(
+        loading_plan,
+        model=model,
+        rules=rules,
+        layout=layout,
+        source_layout=layout_read,
+        key_mapping=settings.key_mapping,
+        in_place=in_place,
+        quantizer=quantizer,
+        as_stored=_left_as_stored(checkpoint, model, settings, table, quantizer) if rules is None else None,
+    )
     # A quantizer has rules for scales of its own.
     codes = None if settings.dequantize or (quantizer is not None and rules is None) else has_codes(table)
-    only_renames = layout is None and layout_read in (None, PER_EXPERT) and not RuleSet(rules).converters
-    if codes is None or model is not None or only_renames:
-        plan, problems = plan_for(table, dtype)
-        if codes is not None and model is not None:
+    if codes is not None and model is None:
+        renames = only_renames(rules, layout, layout_read)
+        plan, problems = keeping_plan(checkpoint, codes, dtype, plan_of, renames=renames)
+    else:
+        plan, problems = plan_of(table, dtype=dtype)
+        if codes is not None:
             refuse_codes_without_scales(plan)
             problems.keeps_codes = True
-        elif codes is not None and codes_without_scales(plan) is not None:
-            plan, problems = plan_with_scales(codes)
-    else:
-        plan, problems = plan_with_scales(codes)
     stated = stated_layout(checkpoint, source_layout)
     if keeps_names:
         layout = "transformers" if source_layout in LAYOUTS else stated
     return replace(plan, layout=layout, source_layout=stated), problems, model
+
+
+def _left_as_stored(
+    checkpoint: Checkpoint, model: nn.Module | None, settings: PlanSettings, table: SourceTable, quantizer: Any
+) -> AsStored | None:
+    """Return the function that determines which sources keep their dtype; None if ``from_pretrained`` casts all.
+
+    Args:
+        checkpoint: the checkpoint.
+        model: the model, or None.
+        settings: the options of the load.
+        table: the sources; those that are decoded keep no dtype.
+        quantizer: quantizer of a model that keeps codes.
+    """
+    quantization = quantization_config(checkpoint.directory) if table.decodes and model is not None else None
+    casting = quantizer if quantization is None else dequantizer(quantization)
+    return left_as_stored(model, casting, settings.key_mapping, {table.names[row] for row in table.decodes})
 
 
 @door("planning")

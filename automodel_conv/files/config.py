@@ -126,5 +126,5 @@ def _as_settings(config: Any, path: str) -> dict[str, Any]:
         raise CheckpointError(message(f"{MODELOPT_NAME} is malformed", where=path, expected=expected))
     settings = {"quant_method": producer.get("name"), "quant_algo": stated.get("quant_algo")}
     renamed = {"kv_cache_quant_algo": "kv_cache_scheme", "exclude_modules": "ignore"}
-    kept = {key: key for key in ("group_size", "quantized_layers", "moe_quant_algo")}
-    return settings | {name: stated[key] for key, name in (renamed | kept).items() if stated.get(key) is not None}
+    keys = (*renamed, "group_size", "quantized_layers", "moe_quant_algo")
+    return settings | {renamed.get(key, key): stated[key] for key in keys if stated.get(key) is not None}

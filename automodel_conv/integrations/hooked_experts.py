@@ -5,7 +5,7 @@ They are grouped experts of another layout, or per-expert tensors of a type that
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from automodel_conv.errors import UnsupportedError, listing, message
@@ -45,7 +45,7 @@ def refuse_other_names(
             do = [f'pass the result of convert_state_dict(tensors, model, source_layout="{layout}") instead']
         raise _refused(model, f"their names are those of the layout {layout!r}", lacking, foreign, do)
     modules = {name.rpartition(".")[0] for name in lacking}
-    single = [name for name in unclaimed if _is_of_one_expert(name, modules)]
+    single = _of_single_experts(unclaimed, modules)
     if single:
         do = ["build the model and call load_model(model, path), which needs no hook"]
         do.append("convert the files: convert_checkpoint(..., dequantize=True)")
@@ -54,13 +54,19 @@ def refuse_other_names(
         raise _refused(model, "it has no rule that groups tensors of single experts for this type", lacking, single, do)
 
 
-def _is_of_one_expert(name: str, modules: Collection[str]) -> bool:
-    """Return whether a tensor belongs to one expert of a module, with or without a prefix of the module's name."""
-    path, _, rest = name.rpartition(".experts.")
-    path += ".experts"
-    if not rest.partition(".")[0].isdecimal():
-        return False
-    return any(path == module or path.endswith(f".{module}") or module.endswith(f".{path}") for module in modules)
+def _of_single_experts(names: Iterable[str], modules: Collection[str]) -> list[str]:
+    """Return the tensors of single experts of modules, with or without a prefix of the module's name."""
+    names_of: dict[str, list[str]] = {}
+    for name in names:
+        path, _, rest = name.rpartition(".experts.")
+        if rest.partition(".")[0].isdecimal():
+            names_of.setdefault(f"{path}.experts", []).append(name)
+    return [
+        name
+        for path, of_path in names_of.items()
+        if any(path == module or path.endswith(f".{module}") or module.endswith(f".{path}") for module in modules)
+        for name in of_path
+    ]
 
 
 def _refused(model: Any, why: str, lacking: Sequence[str], names: Sequence[str], do: list[str]) -> UnsupportedError:

@@ -138,11 +138,11 @@ class CodeMatcher:
             weight,
             packing,
             shape,
-            codes,
-            self._part(scales[0]),
-            None if zero_points is None else self._part(zero_points),
-            self._part(global_scales[0]) if global_scales else None,
-            None if divisor is None else self._part(divisor),
+            codes=codes,
+            scales=self._part(scales[0]),
+            zero_points=None if zero_points is None else self._part(zero_points),
+            global_scale=self._part(global_scales[0]) if global_scales else None,
+            global_divisor=None if divisor is None else self._part(divisor),
         )
 
     def _check_padding(self, weight: CodedWeight, scheme: Scheme) -> None:
@@ -165,15 +165,15 @@ class CodeMatcher:
             weight.packing.format,
             (rows, columns),
             (scheme.block[0] or max(1, rows), scheme.block[1] or max(1, columns)),
-            weight.scales.row,
-            None if weight.zero_points is None else weight.zero_points.row,
-            None if weight.global_scale is None else weight.global_scale.row,
-            self._method.divides,
-            scheme.stack_arrangement or weight.packing.arrangement,
-            self._like_upstream,
-            scheme.zero_packing,
-            weight.packing.scale_word,
-            None if weight.global_divisor is None else weight.global_divisor.row,
+            scales=weight.scales.row,
+            zero_points=None if weight.zero_points is None else weight.zero_points.row,
+            global_scale=None if weight.global_scale is None else weight.global_scale.row,
+            divides=self._method.divides,
+            arrangement=scheme.stack_arrangement or weight.packing.arrangement,
+            like_upstream=self._like_upstream,
+            zero_packing=scheme.zero_packing,
+            scale_word=weight.packing.scale_word,
+            global_divisor=None if weight.global_divisor is None else weight.global_divisor.row,
         )
 
     def _report_unpaired_scales(self) -> None:

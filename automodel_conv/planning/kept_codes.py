@@ -3,29 +3,25 @@
 Eight-bit codes move exactly as their decoded values would. Scales are copied as a matrix with one element per
 block: the rules and layouts of a weight are applied again to tensors with the weights' names and the scales' shapes.
 The result must decode to the same values under the same config. To check that, it is read as if it were a checkpoint.
-Each of its blocks must be a block of the source. A block that mixes rows of gate and up, or whose sides are swapped, is
-not one.
+Each of its blocks must be a block of the source (see ``block_moves.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import replace
 from math import prod
 
 from automodel_conv.errors import Advice, ConversionError, QuantizationError, UnsupportedError, message
 from automodel_conv.planning.arrangement import PLAIN
+from automodel_conv.planning.block_moves import has_same_blocks
 from automodel_conv.planning.code_names import scales_of_codes
 from automodel_conv.planning.composition import table_of
-from automodel_conv.planning.copies import Decode, SourceTable, StridedCopy, Target
+from automodel_conv.planning.copies import SourceTable, Target
 from automodel_conv.planning.lowering import copies_of
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.values import leaf
 
-Matrix = tuple[int, int]
-"""Number of rows and number of columns."""
-_ROW, _COLUMN, _MATRIX = range(3)  # axes of a stack of matrices
-_STRAIGHT, _TRANSPOSED = (_ROW, _COLUMN, _MATRIX), (_COLUMN, _ROW, _MATRIX)
 _DECODE: Advice = (
     "{dequantize=True} decodes them to values",
     "load_state_dict() and load_model() decode them while they read them",
@@ -216,7 +212,7 @@ def _check_blocks(
         if name in shared and name in decodes and decodes[name].block == decodes[name].matrix:
             continue
         for ordinal, row in enumerate(target.sources):
-            if name not in decodes or not _has_same_blocks(decoded.decodes[row], decodes[name], target.copies, ordinal):
+            if name not in decodes or not has_same_blocks(decoded.decodes[row], decodes[name], target.copies, ordinal):
                 raise _refused(name, f"a scale would apply to other values; {_blocks(target, decoded)}")
 
 
@@ -229,81 +225,6 @@ def _blocks(target: Target, decoded: SourceTable) -> str:
     """Describe the blocks of a target's first quantized source, for errors."""
     decode = next(decode for row in target.sources if (decode := decoded.decodes.get(row)) is not None)
     return f"each is for a block {list(decode.block)} of {list(decode.matrix)}, which becomes {list(target.shape)}"
-
-
-def _has_same_blocks(source: Decode, target: Decode, copies: Sequence[StridedCopy], ordinal: int) -> bool:
-    """Return whether copies map every block of one source onto a block of the target, all in the same orientation.
-
-    Args:
-        copies: the target's copies, of all sources.
-        ordinal: ordinal of the source.
-    """
-    copies = [copy for copy in copies if ordinal in copy.ordinals]
-    return any(
-        source.block == (target.block[order[_ROW]], target.block[order[_COLUMN]])
-        and all(_moves_blocks(copy, ordinal, source, target, order) for copy in copies)
-        for order in (_STRAIGHT, _TRANSPOSED)
-    )
-
-
-def _moves_blocks(copy: StridedCopy, ordinal: int, source: Decode, target: Decode, order: Sequence[int]) -> bool:
-    """Return whether a copy moves rows and columns of its elements by multiples of the sides of a block.
-
-    Args:
-        order: axes of the target's matrices, in the order of the source's.
-    """
-    extents = [1, 1]
-    for size, step, new_step in _by_axis(copy, source.matrix, target.matrix):
-        axis, new_axis = _axis(size, step, source.matrix), _axis(size, new_step, target.matrix)
-        if axis is None or new_axis != order[axis]:
-            return False
-        if axis != _MATRIX:
-            extents[axis] = size
-    for column_ordinal, read, written in zip(copy.ordinals, copy.source_offsets, copy.target_offsets, strict=True):
-        start, new_start = _position(read, source.matrix), _position(written, target.matrix)
-        for axis in (_ROW, _COLUMN) if column_ordinal == ordinal else ():
-            first, new_first, extent = start[axis], new_start[order[axis]], extents[axis]
-            fits = first + extent <= source.matrix[axis] and new_first + extent <= target.matrix[order[axis]]
-            if not fits or (first - new_first) % source.block[axis]:
-                return False
-    return True
-
-
-def _by_axis(copy: StridedCopy, source: Matrix, target: Matrix) -> Iterator[tuple[int, int, int]]:
-    """Yield size and steps of each dimension of a copy, with runs of whole rows or matrices divided into both."""
-    (rows, columns), (new_rows, new_columns) = source, target
-    # All elements have the same order on both sides, also if a matrix of one row becomes one of one column.
-    same_order = source == target or (min(source) == 1 and source == target[::-1])
-    for size, step, new_step in zip(*copy.box, strict=True):
-        if step == new_step == 1 and same_order and size % (rows * columns) == 0:
-            yield size // (rows * columns), rows * columns, rows * columns
-            size = rows * columns
-        if step == new_step == 1 and columns == new_columns and size % columns == 0:
-            yield size // columns, columns, columns
-            size = columns
-        elif (step, new_step) == (columns, new_columns) and rows == new_rows and size % rows == 0:
-            yield size // rows, rows * columns, rows * new_columns
-            size = rows
-        yield size, step, new_step
-
-
-def _axis(size: int, step: int, matrix: Matrix) -> int | None:
-    """Return the axis along which a dimension of a copy goes; None if it separates neighbours, as interleaving does.
-
-    A dimension of size 1 goes along any axis, and is reported as one that goes from matrix to matrix.
-    """
-    rows, columns = matrix
-    if size == 1 or step % (rows * columns) == 0:
-        return _MATRIX
-    if step == 1 and size <= columns:
-        return _COLUMN
-    return _ROW if step == columns and size <= rows else None
-
-
-def _position(offset: int, matrix: Matrix) -> tuple[int, int]:
-    """Return the row and column of an element in a stack of matrices."""
-    rows, columns = matrix
-    return offset // columns % rows, offset % columns
 
 
 def _refused(name: str, why: str) -> UnsupportedError:

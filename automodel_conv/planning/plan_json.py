@@ -171,6 +171,8 @@ def _reads_inside(decode: Decode, row: int, shapes: Sequence[tuple[int, ...]]) -
         lead, rows = [], decode.matrix[0]
     if decode.matrix != (rows, columns) or min(decode.block) < 1 or decode.arrangement.shape(decode.matrix) is None:
         return False
+    if not prod(shapes[row]):
+        return True  # nothing is read
     grid_rows, grid_columns = -(-rows // decode.block[0]), -(-columns // decode.block[1])
     if min(decode.scale_word, default=1) < 1 or grid_columns % prod(decode.scale_word):
         return False

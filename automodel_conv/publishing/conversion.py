@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from automodel_conv.compiling.carrying import carried_targets, checked_patterns, dropped_rows, refuse_halves
-from automodel_conv.compiling.decoded import codes_without_config, decoded_table, kept_plan, quantization_of
+from automodel_conv.compiling.decoded import codes_without_config, decoded_table, quantization_of
+from automodel_conv.compiling.keeping import keeps_parts, kept_plan, only_renames
 from automodel_conv.compiling.marks import layout_to_read, naming_of_conversion, stated_layout
 from automodel_conv.compiling.stages import without_casts
 from automodel_conv.compiling.to_checkpoint import in_saving_order, saving_plan
@@ -124,9 +125,8 @@ def compile_conversion(
     # Codes of separate experts are copied unchanged: no model accepts them, and there is nothing to split.
     codes = None if dequantize else has_codes(table)
     keeps_codes = layout == PER_EXPERT and codes is not None and not any(map(holds_grouped_experts, table.names))
-    quantized = quantization_of(checkpoint) if codes is not None and not keeps_codes and not keeps_names else None
-    if codes is not None and quantized is None and not keeps_codes and rules != []:
-        raise codes_without_config(codes, checkpoint)
+    stays = codes is None or keeps_codes or keeps_names
+    renames = model is None and not dropped and only_renames(rules, layout, source_layout)
 
     def plan_for(
         sources: SourceTable, dtype: torch.dtype | None, *, produce_all: bool = False
@@ -151,17 +151,18 @@ def compile_conversion(
             model_is_built=model is not None,
         )
         if layout == PER_EXPERT:
-            grouped_layout = None if source_layout == PER_EXPERT else source_layout
-            published = _published_rows(plan, grouped_layout)
-            saved = replace(plan.sources, hidden=plan.sources.hidden | carried | published)
-            split = saving_plan(saved, model=model, rules=rules, layout=grouped_layout, checked=True)
-            targets = (*split.targets, *carried_targets(plan.sources, published, None, split.targets))
-            whole = in_saving_order(CopyPlan(plan.sources, targets, split.rules), model)
-            return with_dtype(whole, dtype, model, rules), carried
+            split = _split_plan(plan, carried, model, rules, None if source_layout == PER_EXPERT else source_layout)
+            return with_dtype(split, dtype, model, rules), carried
         return (without_casts(plan) if dtype is None else plan), carried
 
+    planned = plan_for(table, dtype) if stays or renames else None
+    if not stays and planned is not None and not keeps_parts(checkpoint, planned[0]):
+        planned = None
+    quantized = quantization_of(checkpoint) if planned is None else None
+    if codes is not None and planned is None and quantized is None and rules != []:
+        raise codes_without_config(codes, checkpoint)
     if quantized is None:
-        plan, carried = plan_for(table, dtype)
+        plan, carried = planned or plan_for(table, dtype)
         table = replace(table, names=plan.sources.names)  # without the prefixes of torch's wrappers
     else:
         decoded = decoded_table(checkpoint, needs_values=True)
@@ -175,14 +176,7 @@ def compile_conversion(
         )
     if layout == PER_EXPERT:
         _refuse_grouped(plan, model)
-    if plan.fallbacks:
-        raise UnsupportedError(
-            message(
-                f"only transformers' own code can convert {len(plan.fallbacks)} tensors, and it needs them in memory",
-                found="\n" + listing(plan.fallbacks),
-                do="load the model and save it",
-            )
-        )
+    _refuse_fallbacks(plan)
     if keeps_names:
         layout = stated_layout(checkpoint, None)
     elif layout is None and model is None and source_layout is not None:
@@ -192,6 +186,30 @@ def compile_conversion(
     plan = CopyPlan(table, (*plan.targets, *extra_targets), plan.rules)
     shards = tuple(divide(specs_of(plan.targets), most_bytes, naming))
     return Conversion(checkpoint, plan, shards, naming, tuple(checkpoint.names[row] for row in sorted(carried)))
+
+
+def _split_plan(
+    plan: CopyPlan,
+    carried: frozenset[int],
+    model: nn.Module | None,
+    rules: list[Any] | None,
+    grouped_layout: str | None,
+) -> CopyPlan:
+    """Return the plan from the sources to the published form, with one tensor for each expert.
+
+    Args:
+        plan: plan from the sources to the model.
+        carried: rows of carried tensors, which it leaves out.
+        model: the model, or None.
+        rules: the rules; None: the model's own.
+        grouped_layout: layout of grouped experts in the sources; None if they are not grouped, or as the model has
+            them.
+    """
+    published = _published_rows(plan, grouped_layout)
+    saved = replace(plan.sources, hidden=plan.sources.hidden | carried | published)
+    split = saving_plan(saved, model=model, rules=rules, layout=grouped_layout, checked=True)
+    targets = (*split.targets, *carried_targets(plan.sources, published, None, split.targets))
+    return in_saving_order(CopyPlan(plan.sources, targets, split.rules), model)
 
 
 def _published_rows(plan: CopyPlan, grouped_layout: str | None) -> frozenset[int]:
@@ -211,6 +229,18 @@ def _published_rows(plan: CopyPlan, grouped_layout: str | None) -> frozenset[int
         for row in target.sources
         if names[row] not in produced and not (grouped_layout is not None and holds_grouped_experts(names[row]))
     )
+
+
+def _refuse_fallbacks(plan: CopyPlan) -> None:
+    """Raise UnsupportedError if a plan for files has targets that only transformers' own code can fill."""
+    if plan.fallbacks:
+        raise UnsupportedError(
+            message(
+                f"only transformers' own code can convert {len(plan.fallbacks)} tensors, and it needs them in memory",
+                found="\n" + listing(plan.fallbacks),
+                do="load the model and save it",
+            )
+        )
 
 
 def _refuse_grouped(plan: CopyPlan, model: nn.Module | None) -> None:

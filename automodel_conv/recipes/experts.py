@@ -10,7 +10,7 @@ from automodel_conv.errors import UnsupportedError, message
 
 # Names of gate, up and down in published files. Sources: DeepSeek-V3 and Mixtral.
 _PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
-_EXPERT = re.compile(r"(\w+\.experts)\.\d+\.(\w+)\.weight(?:_packed)?")
+_EXPERT = re.compile(r"\b(\w+\.experts)\.\d+\.(\w+)\.weight(?:_packed)?")
 
 
 def grouped_experts(experts: str, *, gate: str, up: str, down: str) -> list[Any]:

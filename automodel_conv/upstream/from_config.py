@@ -136,7 +136,10 @@ def _type_with_rules(architecture: str) -> str | None:
     import transformers
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    config_class = getattr(getattr(transformers, architecture, None), "config_class", None)
+    try:
+        config_class = getattr(getattr(transformers, architecture, None), "config_class", None)
+    except ImportError:  # the class needs a package that is not installed
+        return None
     model_type = getattr(config_class, "model_type", None)
     return model_type if model_type and get_checkpoint_conversion_mapping(model_type) else None
 

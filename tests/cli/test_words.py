@@ -102,6 +102,13 @@ def test_command_advises_a_recipe_by_its_option(plain, tmp_path, command):
 
 
 @needs_transformers
+def test_recipe_of_several_types_is_advised_by_one_name(plain):
+    for model_type in ("bailing_moe", "bailing_moe_v2"):
+        (plain / "config.json").write_text(json.dumps({"model_type": model_type}))
+        assert "pass --recipe bailing_moe;" in run("plan", plain).stderr
+
+
+@needs_transformers
 def test_command_without_a_recipe_points_to_python(plain):
     (plain / "config.json").write_text(json.dumps({"model_type": "nobodys"}))
     result = run("load", plain)

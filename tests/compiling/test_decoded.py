@@ -5,11 +5,9 @@ import json
 import pytest
 import torch
 
-from automodel_conv.compiling.decoded import decoded_table, kept_plan, quantization_of
-from automodel_conv.compiling.to_model import loading_plan
+from automodel_conv.compiling.decoded import decoded_table
 from automodel_conv.errors import CheckpointError, QuantizationError
 from automodel_conv.planning.arrangement import PLAIN, Arrangement
-from automodel_conv.planning.copies import SourceTable
 from tests.compiling.support import tensors_of, write
 
 FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [2, 2]}}
@@ -87,17 +85,3 @@ def test_rows_that_end_in_padding_are_narrower_than_their_codes(tmp_path):
 def test_true_shape_that_does_not_fit_the_codes_is_an_error(tmp_path):
     with pytest.raises(QuantizationError, match=r"a\.weight_shape does not fit(.|\n)*9 to 16(.|\n)*\[2, 8\]"):
         decoded_table(write(tmp_path, int4_tensors(8), config=INT4), needs_values=True)
-
-
-def test_kept_plan_has_codes_and_scales_in_place_of_values(tmp_path):
-    pytest.importorskip("transformers", reason="key_mapping needs transformers")
-    checkpoint = write(tmp_path, fp8_tensors(), config=FP8)
-    table = SourceTable.from_checkpoint(checkpoint)
-    decoded = decoded_table(checkpoint, needs_values=True)
-    config = quantization_of(checkpoint)
-    renames = {"key_mapping": {"^a": "b"}}
-    values, _ = loading_plan(decoded, rules=[], **renames)
-    plan = kept_plan(config, table, decoded, values, lambda scales: loading_plan(scales, rules=[], **renames)[0])
-    stored = dict(zip(table.names, zip(table.dtypes, table.shapes, strict=True), strict=True))
-    expected = {name.replace("a.", "b.", 1) if name.startswith("a.") else name: kind for name, kind in stored.items()}
-    assert {target.name: (target.dtype, target.shape) for target in plan.targets} == expected

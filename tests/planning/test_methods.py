@@ -171,6 +171,7 @@ def test_other_names_are_of_no_method(name):
 def test_config_for_only_the_kv_cache_states_no_scheme():
     assert METHODS["modelopt"].schemes({"kv_cache_quant_algo": "NVFP4"}) == []
     assert METHODS["modelopt"].schemes({"kv_cache_scheme": "FP8"}) == []
+    assert METHODS["modelopt"].schemes({"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}) == []
     assert METHODS["compressed-tensors"].schemes({"config_groups": {"0": {"weights": None}}}) == []
 
 

@@ -110,6 +110,14 @@ def test_global_scale_is_one_or_one_for_each_matrix(matrices, fits):
             CopyPlan.from_json(json.dumps(data))
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 2, 3), (2, 0, 3)], ids=str)
+def test_plans_of_empty_codes_come_back(shape):
+    config = {"quant_method": "fbgemm_fp8"}
+    sources = quantized_table(SourceTable(["a", "a_scale"], ["F8_E4M3", "F32"], [shape, (*shape[:-1], 1)]), config)
+    plan = arranged_plan(sources)
+    assert CopyPlan.from_json(plan.to_json()).sources.decodes == sources.decodes
+
+
 def test_stack_has_no_zero_points():
     decode = Decode("int4", (8, 8), (1, 8), 1, zero_points=2)
     for shape, fits in (((8, 8), True), ((2, 8, 8), False)):

@@ -167,6 +167,27 @@ def test_renames_of_codes_and_scales_keep_both(request, kind, options):
     assert_same(kimi.load(**{"rules": []} | options), expected)
 
 
+@pytest.mark.parametrize("stated", [True, False], ids=["config", "no config"])
+@pytest.mark.parametrize("dtype", [None, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["fp8", "int4"])
+def test_files_of_renamed_codes_equal_a_load(request, kind, dtype, stated):
+    kimi = request.getfixturevalue(kind)
+    if not stated:
+        (kimi.path / "config.json").write_text("{}")
+    options = {"rules": [WeightRenaming("^model", "text")], "dtype": dtype}
+    names = {name.replace("model.", "text.", 1) for name in tensors_of(kimi.path)}
+    converted = kimi.converted(**options)
+    assert converted.keys() == names
+    assert_same(converted, kimi.load(**options))
+
+
+def test_renamed_codes_are_not_dropped_without_their_scales(int4):
+    rules = [WeightRenaming("^model", "text")]
+    for part in ("packed", "scale"):
+        with pytest.raises(amc.UnsupportedError):
+            int4.converted(rules=rules, drop=[f"*.1.mlp.experts.1.up_proj.weight_{part}"])
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 
 import pytest
 import torch
@@ -65,6 +66,12 @@ SUGGESTED = {
 def test_names_of_experts_suggest_the_call_that_groups_them(name, arguments):
     names = [name.format(matrix) for matrix in ("gate", "up", "down")]
     assert call_for(["a.weight", *names]) == (None if arguments is None else f"grouped_experts{arguments}")
+
+
+def test_time_does_not_grow_with_the_square_of_a_name():
+    start = time.process_time()
+    assert call_for(["a" * 100_000, "b.experts." + "1" * 100_000]) is None
+    assert time.process_time() - start < 5
 
 
 def test_names_by_number_are_gate_up_and_down_as_in_mixtral():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -208,12 +209,28 @@ def test_type_with_a_class_of_transformers_is_advised_the_rules_of_that_class(tm
     assert eval(call, {"automodel_conv": amc})
 
 
-@pytest.mark.parametrize("architectures", [["LlamaForCausalLM"], ["Nobodys"], ["path"], "Text", [3], None], ids=str)
-def test_classes_without_rules_are_passed_over(tmp_path, architectures):
+class WithoutPackage(type):
+    """The type of transformers' stand-ins for classes that need a package that is not installed."""
+
+    def __getattribute__(cls, name):
+        raise ImportError(f"{name} needs a package")
+
+
+class NeedsPackage(metaclass=WithoutPackage):
+    """Such a stand-in."""
+
+
+@pytest.mark.parametrize(
+    "architectures",
+    [["LlamaForCausalLM"], ["Nobodys"], ["NeedsPackage"], ["path"], "Text", [3], None],
+    ids=str,
+)
+def test_classes_without_rules_are_passed_over(tmp_path, monkeypatch, architectures):
+    monkeypatch.setattr(sys.modules["transformers"], "NeedsPackage", NeedsPackage, raising=False)
     save_file({"a.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
     config = {"model_type": "nobodys", "architectures": architectures}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(amc.UnsupportedError, match=r"pass rules=\[\.\.\.\], rules of your own"):
+    with pytest.raises(amc.UnsupportedError, match=r"has no model type(.|\n)*pass rules=\[\.\.\.\], rules of your own"):
         amc.compile_plan(tmp_path)
 
 

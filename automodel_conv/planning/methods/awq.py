@@ -5,7 +5,7 @@ An I32 of ``qweight`` [in, out / 8] holds eight consecutive output features of a
 one.
 
 Sources: AutoAWQ 0.2.9, ``utils/packing_utils.py`` and ``modules/linear/gemm.py``; vLLM 0.33.0, ``auto_awq.py``;
-transformers 5.23.0, ``AwqConfig`` in ``utils/quantization_config.py``.
+transformers 5.24.0, ``AwqConfig`` in ``utils/quantization_config.py``.
 """
 
 from __future__ import annotations

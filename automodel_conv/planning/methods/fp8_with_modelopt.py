@@ -19,14 +19,10 @@ _EXPERTS = modules_of(["*.experts", "*.experts.*"])
 
 def _schemes(config: Mapping[str, Any]) -> list[Scheme]:
     of_experts = config.get("moe_quant_algo")
-    if config.get("quantized_layers"):
-        others = modelopt_schemes(config)
-    elif of_experts is not None:
-        stated = modelopt_schemes({"quant_algo": of_experts, "group_size": config.get("group_size")})
-        others = [scheme._replace(modules=_EXPERTS) for scheme in stated]
-    else:
-        others = modelopt_schemes(config)
-    return [*FP8.schemes(config), *others]
+    if of_experts is None or config.get("quantized_layers"):
+        return [*FP8.schemes(config), *modelopt_schemes(config)]
+    stated = modelopt_schemes({"quant_algo": of_experts, "group_size": config.get("group_size")})
+    return [*FP8.schemes(config), *(scheme._replace(modules=_EXPERTS) for scheme in stated)]
 
 
 FP8_WITH_MODELOPT = replace(

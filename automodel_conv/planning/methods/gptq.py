@@ -5,7 +5,7 @@ An I32 of ``qweight`` [in / 8, out] holds eight consecutive input features of an
 
 Sources: GPTQModel 5.4, ``nn_modules/qlinear/torch.py`` and ``convert_gptq_v1_to_v2_format_module`` in
 ``utils/model.py``; vLLM 0.33.0, ``auto_gptq.py`` and ``normalize_and_validate_gptq_desc_act`` in ``gptq_utils.py``;
-transformers 5.23.0, ``GPTQConfig`` in ``utils/quantization_config.py``.
+transformers 5.24.0, ``GPTQConfig`` in ``utils/quantization_config.py``.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def modelopt_schemes(config: Mapping[str, Any]) -> list[Scheme]:
     """Return the schemes that modelopt's part of a config allows; see ``Method.schemes``."""
     stated = config.get("quantization") or config  # the form of hf_quant_config.json
     algorithm = stated.get("quant_algo")
-    if algorithm is None and any(config.get(key) is not None for key in ("kv_cache_scheme", "kv_cache_quant_algo")):
+    if algorithm is None and any(stated.get(key) is not None for key in ("kv_cache_scheme", "kv_cache_quant_algo")):
         return []
     algorithm = str(algorithm).upper()
     if algorithm != MIXED:
