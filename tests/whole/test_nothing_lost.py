@@ -88,6 +88,10 @@ def case(request, tmp_path_factory):
     return Case(request.param, tmp_path_factory.mktemp("published"))
 
 
+def numel_of(tensors):
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
 def assert_names(names, expected):
     assert sorted(names) == sorted(expected)
 
@@ -135,6 +139,10 @@ def test_saves_carry_tensors_of_the_source(case, tmp_path):
 
 
 def test_saves_and_reverts_like_a_reference_name_unwritten_tensors(case, tmp_path):
+    if numel_of(case.plain) > numel_of(case.model.state_dict()):
+        with pytest.raises(amc.CoverageError, match="such as padding"):
+            amc.save_checkpoint(case.model, tmp_path / "saved", reference=case.directory)
+        return
     report = amc.save_checkpoint(case.model, tmp_path / "saved", reference=case.directory)
     saved = tensors_of(tmp_path / "saved")
     ignored = set(case.model.state_dict()) & set(case.model._keys_to_ignore_on_save or ())
