@@ -49,8 +49,6 @@ class Published:
     """Patterns and replacements, applied in this order to the names that transformers saves."""
     divides_experts: bool = False
     """Whether each expert is a tensor of its own although the type is published grouped."""
-    has_layouts: bool = True
-    """Whether the model states the layout of its experts, so that others can be made from it."""
     saved_otherwise: bool = False
     """Whether transformers saves other names than the published ones, or experts that are transposed."""
     recipe: str | None = None
@@ -523,20 +521,17 @@ PUBLISHED: tuple[Published, ...] = (
     Published(
         name="meta-llama/Llama-4-Scout-17B-16E-Instruct",
         config=configs.llama4(),
-        has_layouts=False,
         special="experts grouped, [E, in, out]; a vision tower",
     ),
     Published(
         name="meta-llama/Llama-4-Maverick-17B-128E-Instruct",
         config=configs.llama4(interleave_moe_layer_step=2, use_qk_norm=False),
-        has_layouts=False,
         special="every second layer is dense",
     ),
     Published(
         name="nvidia/Llama-4-Scout-17B-16E-Instruct-NVFP4",
         config=configs.llama4(),
         hook="transformers would load codes of quantized tensors as values",
-        has_layouts=False,
         special="fused FP4 experts, packed along the columns of the weight",
         formats=(
             (r"experts\.(gate_up|down)_proj$", "ModelOpt NVFP4 of Llama-4"),
