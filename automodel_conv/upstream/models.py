@@ -170,6 +170,6 @@ def expert_layouts(model: nn.Module) -> dict[str, ExpertLayout | None]:
 
 
 def _unstated(module: nn.Module) -> ExpertLayout | None:
-    """Return the layout of experts of a class of transformers that states none, even if torch has given it a subclass."""
+    """Return the layout of experts whose class states none; torch may have given them a subclass."""
     classes = (cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith("transformers.models."))
     return next((_UNSTATED[name] for name in classes if name in _UNSTATED), None)
