@@ -95,12 +95,12 @@ def meta_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> nn.Module:
 
 
 def _refuse_unread_sizes(config: Any, path: str) -> None:
-    """Raise UnsupportedError if a config of several parts has none for text, and the class does not read it as one part.
+    """Raise UnsupportedError if a class reads sizes in ``text_config`` only, and the config has none.
 
     transformers would build a model of the default sizes.
     """
-    text = config.get_text_config()
-    if text is config or "text_config" in config.get_config_dict(path)[0]:
+    text = getattr(config, "text_config", None)
+    if "text_config" not in config.sub_configs or "text_config" in config.get_config_dict(path)[0]:
         return
     unread = [
         (key, value, getattr(text, key))
