@@ -407,9 +407,10 @@ PUBLISHED: tuple[Published, ...] = (
     Published(
         name="MiniMaxAI/MiniMax-M2.5",
         config=configs.minimax_m2(),
-        special="suffixes listed as not converted",
+        special="suffixes listed as not converted; draft layers that num_mtp_modules states",
         formats=((r"(_proj|w[123])\.weight$", BLOCK_FP8),),
         settings=_fp8(fmt="float8_e4m3fn", modules_to_not_convert=["gate", "e_score_correction_bias", "lm_head"]),
+        draft=DEEPSEEK_DRAFT,
     ),
     Published(
         name="nvidia/MiniMax-M2.5-NVFP4",
