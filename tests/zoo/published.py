@@ -140,6 +140,8 @@ NEMOTRON_DRAFT = Draft(
     {"mtp.layers.0.enorm.weight": (HIDDEN,), "mtp.layers.0.eh_proj.weight": (HIDDEN, 2 * HIDDEN)},
 )
 
+# transformers 5.24.0 reverses the renames of the vision tower everywhere. The published settings have "layers".
+KIMI_NAMES = ((r"^language_model\.model\.blocks\.", "language_model.model.layers."),)
 V4_NAMES = (
     (r"^model\.hc_head\.hc_", "hc_head_"),
     (r"^model\.embed_tokens", "embed"),
@@ -388,6 +390,7 @@ PUBLISHED: tuple[Published, ...] = (
         formats=((_EXPERTS, "compressed-tensors INT4"),),
         settings=_kimi_settings(type="int") | {"format": "pack-quantized"},
         settings_in_text=True,
+        renames=KIMI_NAMES,
     ),
     Published(
         name="nvidia/Kimi-K2.5-NVFP4",
@@ -403,6 +406,7 @@ PUBLISHED: tuple[Published, ...] = (
             "0.41.0",
         ),
         cache_scales=True,
+        renames=KIMI_NAMES,
     ),
     Published(
         name="MiniMaxAI/MiniMax-M2.5",
