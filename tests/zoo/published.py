@@ -54,7 +54,8 @@ class Published:
     recipe: str | None = None
     """The name in ``automodel_conv.recipes`` of the rules, where transformers does not know the model type."""
     undivided: str | None = None
-    """A pattern of weights that blocks do not divide, which transformers reads as if they were equal blocks."""
+    """Part of the names of weights that transformers decodes otherwise: as equal blocks, where blocks do not divide
+    them, or without their scales."""
     hook: str = ""
     """A pattern of the hook's error, where transformers would load nonsense; ``"left"`` where it keeps codes itself."""
     readable: Mapping[str, Any] = field(default_factory=dict)
@@ -451,6 +452,21 @@ PUBLISHED: tuple[Published, ...] = (
             ),
             "quantized_layers": _minimax_m3_layers(),
         },
+    ),
+    Published(
+        name="stepfun-ai/Step-3.7-Flash",
+        config=configs.step3p7(),
+        special="experts stacked, gate and up apart; a vision tower",
+    ),
+    Published(
+        name="stepfun-ai/Step-3.7-Flash-FP8",
+        config=configs.step3p7(),
+        special="stacked scales; transformers 5.24.0 casts the codes of down, which a rule only renames",
+        formats=(
+            (r"^model\.layers\..*(self_attn\.[qkvo]|mlp\.\w+|moe\.\w+|share_expert\.\w+)_proj\.weight$", BLOCK_FP8),
+        ),
+        settings=_fp8(),
+        undivided="experts.down_proj",
     ),
     Published(
         name="XiaomiMiMo/MiMo-V2-Flash",
