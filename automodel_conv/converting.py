@@ -177,11 +177,11 @@ def convert_checkpoint(
         dtype: dtype of all floating-point tensors, except those that a transformers model keeps in float32. Codes that
             are kept, and their scales, are not cast. None: the dtypes that they have.
         dequantize: decode the tensors that ``quantization_config`` in ``config.json`` describes as quantized, to
-            ``dtype`` or bfloat16, and leave that setting out of the new ``config.json``. False: keep codes and scales
-            byte for byte. FP8 codes and their scales are then grouped and arranged like their weights
-            (``gate_up_proj_scale_inv``). This is possible if no block would hold rows of both gate and up and, in a
-            transposed layout, if blocks are square. File names then begin with the name of the layout, even if it is
-            "transformers".
+            ``dtype`` or the dtype that the config states, and leave that setting out of the new ``config.json``.
+            False: keep codes and scales byte for byte. FP8 codes and their scales are then grouped and arranged like
+            their weights (``gate_up_proj_scale_inv``). This is possible if no block would hold rows of both gate and
+            up and, in a transposed layout, if blocks are square. File names then begin with the name of the layout,
+            even if it is "transformers".
         drop: tensors to leave out, by their names in the source: a pattern or several. ``*`` matches any text, ``?``
             one character and ``[abc]`` one of these; a pattern matches whole names ("model.layers.61.*"). A pattern
             that matches none is an error. If codes are not decoded, drop both codes and their scales, or neither. This

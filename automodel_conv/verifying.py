@@ -76,7 +76,7 @@ def verify_checkpoint(
             files state, or else the model's; see ``convert_checkpoint``.
         dtype: dtype of all floating-point tensors in the destination, except those that a transformers model keeps in
             float32. None: the dtypes of the source.
-        dequantize: whether the conversion decoded quantized tensors, to ``dtype`` or bfloat16.
+        dequantize: whether the conversion decoded quantized tensors, to ``dtype`` or the config's.
         drop: tensors that the conversion left out, by their names in the source: a pattern or several, with ``*``,
             ``?`` and ``[abc]``, as for ``convert_checkpoint``.
         threads: number of threads that read and compare. None: the number of cores, at most 16.

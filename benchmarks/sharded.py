@@ -67,10 +67,10 @@ from torch import Tensor, nn
 
 import automodel_conv as amc
 from automodel_conv.cli.measuring import PeakMemory, ready_memory
+from automodel_conv.compiling.decoded import quantization_of
 from automodel_conv.distributed.placements import local_of
 from automodel_conv.execution.host import DEFAULT_SCRATCH_BYTES, bytes_of_slot
 from automodel_conv.files import system
-from automodel_conv.files.config import quantization_config
 from automodel_conv.planning.sharding import placed
 from automodel_conv.schedule.host import schedule
 from benchmarks import measure, options
@@ -220,7 +220,7 @@ def work(method: str, directory: str, warm_up: str, threads: int, repetition: in
     prepare = METHODS[method]
     prepare(warm_up, threads)()
     with _Counted() as headers:
-        quantization_config(amc.open_checkpoint(directory).directory)
+        quantization_of(amc.open_checkpoint(directory))
     start = time.perf_counter()
     run = prepare(directory, threads)
     seconds_before = time.perf_counter() - start

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
+from automodel_conv.dtypes import DECODED, dtype_code
 from automodel_conv.errors import QuantizationError, UnsupportedError, message
 from automodel_conv.execution.reading import read_each
 from automodel_conv.files.checkpoint import Checkpoint
-from automodel_conv.files.config import CONFIG_NAME, MODELOPT_NAME, Quantization, model_type_of, quantization
+from automodel_conv.files.config import (
+    CONFIG_NAME,
+    MODELOPT_NAME,
+    Quantization,
+    model_type_of,
+    quantization,
+    stated_dtype,
+)
 from automodel_conv.planning.code_names import has_codes
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.quantization import (
@@ -38,13 +47,26 @@ def decoded_table(checkpoint: Checkpoint, needs_values: bool) -> SourceTable:
     table = SourceTable.from_checkpoint(checkpoint)
     config = quantization_of(checkpoint)
     if config is not None:
-        decoded = quantized_table(table, config.settings, where=config.path)
+        decoded = _in_stated_dtype(quantized_table(table, config.settings, where=config.path), checkpoint)
         _refuse_shuffled_groups(checkpoint, group_indices(decoded, config.settings))
         return unpadded_table(checkpoint, decoded, padding_suspects(table, decoded, config.settings))
     codes = has_codes(table) if needs_values else None
     if codes is not None:
         raise codes_without_config(codes, checkpoint)
     return table
+
+
+def _in_stated_dtype(decoded: SourceTable, checkpoint: Checkpoint) -> SourceTable:
+    """Return a table whose decoded weights have the dtype of the model, if ``config.json`` states it.
+
+    Weights in another dtype, such as that of their scales, would be rounded a second time when the model is loaded.
+    """
+    stated = getattr(torch, stated_dtype(checkpoint.directory) or "", None)
+    code = dtype_code(stated) if isinstance(stated, torch.dtype) else None
+    if code not in DECODED:
+        return decoded
+    dtypes = [code if row in decoded.decodes else dtype for row, dtype in enumerate(decoded.dtypes)]
+    return replace(decoded, dtypes=dtypes)
 
 
 def quantization_of(checkpoint: Checkpoint) -> Quantization | None:

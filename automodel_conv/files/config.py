@@ -83,6 +83,17 @@ def architectures_of(directory: str) -> list[str]:
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
+def stated_dtype(directory: str) -> str | None:
+    """Return the name of the dtype that ``config.json`` states for a model, or only for its text part; None if none.
+
+    Raises:
+        CheckpointError: see ``quantization``.
+    """
+    parts = _parts(_config(os.path.join(directory, CONFIG_NAME)))
+    stated = (part.get(key) for part in parts for key in ("dtype", "torch_dtype"))  # older configs have the latter
+    return next((name.removeprefix("torch.") for name in stated if isinstance(name, str)), None)
+
+
 def plain_config(directory: str) -> bytes | None:
     """Return ``config.json`` without its quantization settings; None if the file does not exist.
 

@@ -76,7 +76,11 @@ def refuse_unknown_layout(plan: CopyPlan, canonical: Callable[[str], Layout], ga
     Raises:
         UnsupportedError: such a tensor exists. The error names the first one and advises ``source_layout``.
     """
-    for path, weights in _by_module({t.name: t.shape for t in plan.targets if t.rule < 0}).items():
+    unproduced = {target.name for target in plan.targets if target.rule < 0}
+    for path, weights in _by_module({target.name: target.shape for target in plan.targets}).items():
+        kept = [leaf for leaf in weights if f"{path}.{leaf}" in unproduced]
+        if not kept:
+            continue
         layout = canonical(path)
         first, down = layout.first[0], layout.down[0]
         if first.name not in weights or not gated(path):
@@ -88,10 +92,9 @@ def refuse_unknown_layout(plan: CopyPlan, canonical: Callable[[str], Layout], ga
         else:
             is_known = layout.fits(weights)
         if not is_known:
-            leaf, shape = next(iter(weights.items()))
             expected = f"{first.name} [E, 2I, H] and {down.name} [E, H, I]"
             do = [layout_advice("source_layout", [f"{path}.{weight}" for weight in weights])]
-            raise _refused(f"{path}.{leaf}", do, expected, list(shape))
+            raise _refused(f"{path}.{kept[0]}", do, expected, list(weights[kept[0]]))
 
 
 def refuse_contradictions(table: SourceTable, shapes: Mapping[str, Shape], rules: Rules) -> None:

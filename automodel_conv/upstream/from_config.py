@@ -81,6 +81,7 @@ def meta_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> nn.Module:
             check_config(directory)  # raises a clearer error if the file is not a config at all
             refuse_unknown_type(checkpoint, path)
             raise
+    _refuse_unread_sizes(config, path)
     with _as_unsupported("transformers cannot determine the model class of the checkpoint's config.json", path, advice):
         cls, config = model_class(config, path)
     safe_creation = getattr(initialization, "meta_device_safe_creation_ops", nullcontext)
@@ -91,6 +92,35 @@ def meta_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> nn.Module:
             for context in (torch.device("meta"), safe_creation()):
                 stack.enter_context(context)
             return cls._from_config(config, dtype=dtype)
+
+
+def _refuse_unread_sizes(config: Any, path: str) -> None:
+    """Raise UnsupportedError if a class reads sizes in ``text_config`` only, and the config has none.
+
+    transformers would build a model of the default sizes.
+    """
+    text = getattr(config, "text_config", None)
+    if "text_config" not in config.sub_configs or "text_config" in config.get_config_dict(path)[0]:
+        return
+    unread = [
+        (key, value, getattr(text, key))
+        for key, value in vars(config).items()  # what a class does not read becomes an attribute
+        if type(value) is int and getattr(text, key, value) != value
+    ]
+    if unread:
+        raise UnsupportedError(
+            message(
+                f"{type(config).__name__} of transformers does not read the sizes of the checkpoint's config.json",
+                where=path,
+                expected="the settings of the text model in text_config",
+                found=", ".join(f"{key} {stated}, read as {read}" for key, stated, read in unread[:3]),
+                do=["move them there", _rules_of_type(config.model_type), *_OTHERWISE],
+            )
+        )
+
+
+def _rules_of_type(model_type: str) -> str:
+    return f'pass {{rules=automodel_conv.get_checkpoint_conversion_mapping("{model_type}")}}'
 
 
 def refuse_unknown_type(checkpoint: Checkpoint, path: str) -> None:
@@ -123,8 +153,7 @@ def _rules_for(model_type: str, architectures: Iterable[str], names: Iterable[st
     for architecture in architectures:
         known_type = _type_with_rules(architecture)
         if known_type is not None:
-            rules = f'{{rules=automodel_conv.get_checkpoint_conversion_mapping("{known_type}")}}'
-            return f"pass {rules} if its names are those of {architecture}", in_python
+            return f"{_rules_of_type(known_type)} if its names are those of {architecture}", in_python
     call = call_for(names)
     if call is None:
         return f"pass {{rules=[...]}}, {by_hand}", in_python

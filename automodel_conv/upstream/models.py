@@ -22,6 +22,13 @@ from automodel_conv.upstream.registry import is_pretrained_model
 
 _CAST = "cast it to a dtype of safetensors first, or leave it out"
 
+# Classes whose modules do not state the layout that their ``forward`` computes with.
+# Source: transformers 5.24.0, ``models/llama4/modeling_llama4.py`` and ``models/step3p7/modeling_step3p7.py``.
+_UNSTATED = {
+    "Llama4TextExperts": ExpertLayout(transposed=True, interleaved=False, gated=True),
+    "Step3p7Experts": ExpertLayout(transposed=False, interleaved=False, gated=True),
+}
+
 
 def state_table(state_dict: Mapping[str, Tensor]) -> SourceTable:
     """Return the names, dtypes and shapes of tensors in memory as a source table.
@@ -146,7 +153,7 @@ def tied_names(model: nn.Module) -> list[tuple[str, ...]]:
 
 
 def expert_layouts(model: nn.Module) -> dict[str, ExpertLayout | None]:
-    """Return the layout of each module of grouped experts, by name; None if the module does not state it."""
+    """Return the layout of each module of grouped experts, by name; None if it is not known."""
     layouts: dict[str, ExpertLayout | None] = {}
     for name, module in model.named_modules():
         if name.rpartition(".")[2] != "experts" or not any(hasattr(module, n) for n in ("gate_up_proj", "up_proj")):
@@ -157,6 +164,12 @@ def expert_layouts(model: nn.Module) -> dict[str, ExpertLayout | None]:
         layouts[name] = (
             ExpertLayout(bool(module.is_transposed), not module.is_concatenated, bool(module.has_gate))
             if states_layout
-            else None
+            else _unstated(module)
         )
     return layouts
+
+
+def _unstated(module: nn.Module) -> ExpertLayout | None:
+    """Return the layout of experts whose class states none; torch may have given them a subclass."""
+    classes = (cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith("transformers.models."))
+    return next((_UNSTATED[name] for name in classes if name in _UNSTATED), None)

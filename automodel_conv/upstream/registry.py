@@ -161,7 +161,7 @@ def _prediction_layers(model: nn.Module, unexpected: Iterable[str]) -> tuple[str
 
     Source: transformers 5.24.0, ``_keys_to_ignore_on_load_unexpected`` of ``DeepseekV3PreTrainedModel``
     (``model.layers.61``) and of ``Glm4MoePreTrainedModel``; ``num_nextn_predict_layers`` in DeepSeek-V3's
-    ``config.json``.
+    ``config.json``, ``num_mtp_modules`` in MiniMax-M2.5's; vLLM 0.33.0, ``MiniMaxM2Model``.
     """
     prefixes: list[str] = []
     for path, module in model.named_modules():
@@ -170,7 +170,8 @@ def _prediction_layers(model: nn.Module, unexpected: Iterable[str]) -> tuple[str
             continue
         ignored = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
         ignores_layer = any(_NUMBERED_LAYER.search(pattern) for pattern in ignored)
-        number = getattr(config, "num_nextn_predict_layers", None) or int(ignores_layer)
+        stated = (getattr(config, name, None) for name in ("num_nextn_predict_layers", "num_mtp_modules"))
+        number = next(filter(None, stated), int(ignores_layer))
         parent = f"{path}." if path else ""
         known = {name for layer in layers for name in layer._modules}
         for prefix in (f"{parent}layers.{len(layers) + i}." for i in range(number)):

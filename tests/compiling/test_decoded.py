@@ -48,6 +48,28 @@ def test_codes_become_weights_and_their_scales_are_hidden(tmp_path):
     assert table.hidden == {scales}
 
 
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [
+        ({"torch_dtype": "float16"}, "F16"),
+        ({"dtype": "torch.float32", "torch_dtype": "float16"}, "F32"),
+        ({"text_config": {"dtype": "float16"}}, "F16"),
+        ({"dtype": "auto"}, "BF16"),
+        ({"dtype": "int8"}, "BF16"),
+        ({"dtype": None}, "BF16"),
+    ],
+    ids=str,
+)
+def test_decoded_weights_have_the_dtype_that_the_config_states(tmp_path, config, dtype):
+    tensors = {**fp8_tensors(), "b": torch.ones(2).bfloat16()}
+    table = decoded_table(write(tmp_path, tensors, config=FP8 | config), needs_values=True)
+    assert dict(zip(table.names, table.dtypes, strict=True)) == {
+        "a.weight": dtype,
+        "a.weight_scale_inv": "F32",
+        "b": "BF16",
+    }
+
+
 def test_settings_of_modelopt_are_read_from_its_own_file(tmp_path):
     tensors = {"a.weight": torch.ones(4, 6).to(torch.float8_e4m3fn), "a.weight_scale": torch.ones(())}
     (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))

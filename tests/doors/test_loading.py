@@ -139,11 +139,12 @@ def test_config_with_remote_code_is_never_run(tmp_path):
 
 def test_layout_of_unmarked_experts_is_refused(tmp_path):
     transformers = pytest.importorskip("transformers")
-    config = transformers.Llama4TextConfig(
-        num_hidden_layers=1, hidden_size=16, intermediate_size=12, intermediate_size_mlp=20, num_local_experts=3,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=8, vocab_size=32,
+    config = transformers.LongcatFlashConfig(
+        num_layers=1, num_hidden_layers=2, hidden_size=16, ffn_hidden_size=20, expert_ffn_hidden_size=12,
+        n_routed_experts=3, zero_expert_num=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=32,
+        q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
     )  # fmt: skip
-    model = transformers.Llama4ForCausalLM(config)
+    model = transformers.LongcatFlashForCausalLM(config)
     if all(hasattr(m, "is_transposed") for n, m in model.named_modules() if n.endswith(".experts")):
         pytest.skip("this transformers records the layout")
     with pytest.raises(amc.UnsupportedError, match="does not state their layout"):

@@ -115,6 +115,18 @@ def test_weights_that_do_not_determine_the_layout_are_refused(shapes):
         refuse_unknown(unchanged(**shapes))
 
 
+def test_weight_of_a_rule_determines_the_layout_of_the_other():
+    """As the rules of Step-3.7, which concatenate gate and up, and only rename down."""
+
+    def produced(gate_up, down):
+        plan = unchanged(gate_up_proj=gate_up, down_proj=down)
+        return CopyPlan(plan.sources, (plan.targets[0]._replace(rule=0), plan.targets[1]))
+
+    refuse_unknown(produced((2, 6, 4), (2, 4, 3)))
+    with pytest.raises(UnsupportedError, match=r"(?s)m\.experts\.down_proj.*\[2, 3, 4\]"):
+        refuse_unknown(produced((2, 6, 4), (2, 3, 4)))
+
+
 def test_odd_size_cannot_hold_gate_and_up():
     refuse_unknown(unchanged(gate_up_proj=(2, 6, 5)))
     with pytest.raises(UnsupportedError, match=r"\[2, 5, 6\]"):

@@ -23,8 +23,9 @@ class Producer(NamedTuple):
 
 def spread(scales: Tensor, block: tuple[int, int], shape: torch.Size) -> Tensor:
     """Return scales as float64, one for each element."""
-    wide = scales.double().reshape(-(-shape[0] // block[0]), -1)
-    return wide.repeat_interleave(block[0], 0)[: shape[0]].repeat_interleave(block[1], 1)[:, : shape[1]]
+    *lead, rows, columns = shape
+    wide = scales.double().reshape(*lead, -(-rows // block[0]), -1)
+    return wide.repeat_interleave(block[0], -2)[..., :rows, :].repeat_interleave(block[1], -1)[..., :columns]
 
 
 def fine_grained(block: tuple[int, int], scale_fmt: str = "float") -> Producer:

@@ -33,6 +33,17 @@ def test_decoded_files_equal_a_decoded_load(tmp_path, name, layout):
     assert_same(tensors_of(tmp_path / "plain"), dict(amc.load_state_dict(tmp_path / "quantized", layout=layout)))
 
 
+@pytest.mark.parametrize("layout", ["nemo", "per_expert"])
+def test_decoded_files_of_a_float16_model_are_rounded_once(tmp_path, layout):
+    quantized("qwen3_moe", tmp_path / "quantized", fine_grained((7, 20)))
+    config = {key: value for key, value in config_of(tmp_path / "quantized").items() if key != "torch_dtype"}
+    (tmp_path / "quantized" / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    direct = dict(amc.load_state_dict(tmp_path / "quantized"))
+    assert {tensor.dtype for tensor in direct.values()} == {torch.float16}
+    amc.convert_checkpoint(tmp_path / "quantized", tmp_path / "plain", layout=layout, dequantize=True)
+    assert_same(dict(amc.load_state_dict(tmp_path / "plain")), direct)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("scratch_bytes", [1 << 17, None])
 def test_transformers_loads_a_decoded_checkpoint(tmp_path, scratch_bytes, threads):

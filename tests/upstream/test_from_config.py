@@ -234,6 +234,33 @@ def test_classes_without_rules_are_passed_over(tmp_path, monkeypatch, architectu
         amc.compile_plan(tmp_path)
 
 
+def test_sizes_that_a_composite_config_does_not_read_are_one_error(tmp_path):
+    # Source: config.json of stepfun-ai/Step-3.7-Flash as some tools flatten it. from_pretrained takes default sizes.
+    if "step3p7" not in transformers.CONFIG_MAPPING:
+        pytest.skip("this transformers has no step3p7")
+    sizes = {"num_hidden_layers": 4, "hidden_size": 24, "vocab_size": 9, "moe_intermediate_size": 16}
+    weight = {f"model.layers.3.moe.{name}_proj.weight": torch.randn(2, 16, 24) for name in ("gate", "up")}
+    save_file(weight | {"model.layers.3.moe.down_proj.weight": torch.randn(2, 24, 16)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "step3p7", **sizes}))
+    text = r"Step3p7Config[\s\S]*num_hidden_layers 4, read as 45[\s\S]*get_checkpoint_conversion_mapping\(\"step3p7\"\)"
+    for action in (amc.load_state_dict, amc.compile_plan, lambda path: amc.convert_checkpoint(path, path / "new")):
+        with pytest.raises(amc.UnsupportedError, match=text):
+            action(tmp_path)
+    rules = amc.get_checkpoint_conversion_mapping("step3p7")
+    loaded = amc.load_state_dict(tmp_path, rules=rules, layout="nemo")
+    experts = "model.language_model.layers.3.mlp.experts"
+    assert_bytes_equal(loaded[f"{experts}.gate_and_up_projs"], torch.cat(list(weight.values()), 1).mT.contiguous())
+
+
+def test_sizes_in_text_config_and_those_that_a_class_moves_there_are_read(tmp_path):
+    for sizes in ({"text_config": {"hidden_size": 128}, "hidden_size": 64}, {"hidden_size": 128}):
+        config = AutoConfig.for_model("qwen2_vl", **sizes)
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_vl", **sizes}))
+        save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+        assert config.get_text_config().hidden_size == 128
+        assert meta_model(amc.open_checkpoint(tmp_path), None).config.get_text_config().hidden_size == 128
+
+
 def test_type_registered_by_a_user_is_not_unknown(tmp_path):
     class KimiConfig(transformers.PreTrainedConfig):
         model_type = "kimi_k2"

@@ -1,5 +1,7 @@
 """Tests of the names, dtypes and shapes that a model needs, on any module and on models of transformers."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -95,6 +97,31 @@ def test_experts_that_state_no_layout_are_listed_without_one():
         "silent.experts": None,
     }
     assert expert_layouts(nn.Linear(2, 2)) == {}
+
+
+EXPERTS, INTERMEDIATE, HIDDEN = 2, 3, 4
+
+
+@pytest.mark.parametrize(("model_type", "cls"), [("llama4", "Llama4TextExperts"), ("step3p7", "Step3p7Experts")])
+def test_layout_is_known_of_classes_that_state_none_and_agrees_with_their_forward(model_type, cls):
+    modeling = f"transformers.models.{model_type}.modeling_{model_type}"
+    experts_class = getattr(pytest.importorskip(modeling, reason="needs a transformers with the type"), cls)
+    config = SimpleNamespace(hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, moe_intermediate_size=INTERMEDIATE)
+    config.num_local_experts, config.hidden_act = EXPERTS, "silu"
+    experts = type(f"FSDP{cls}", (experts_class,), {})(config).double()  # as torch's FSDP2 changes the class
+    for weight in experts.parameters():
+        nn.init.normal_(weight)
+    layout = expert_layouts(nn.ModuleDict({"experts": experts}))["experts"]
+    assert layout == ExpertLayout(transposed=cls == "Llama4TextExperts", interleaved=False, gated=True)
+
+    def matrices(weight):
+        return weight.transpose(1, 2) if layout.transposed else weight
+
+    tokens = torch.randn(EXPERTS, HIDDEN, dtype=torch.float64)  # one for each expert
+    gate, up = torch.einsum("eih,eh->ei", matrices(experts.gate_up_proj), tokens).chunk(2, dim=1)
+    expected = torch.einsum("ehi,ei->eh", matrices(experts.down_proj), nn.functional.silu(gate) * up)
+    routes = () if layout.transposed else (torch.arange(EXPERTS)[:, None], torch.ones(EXPERTS, 1).double())
+    torch.testing.assert_close(experts(tokens, *routes), expected)
 
 
 def test_patterns_of_dtypes_match_as_in_transformers():

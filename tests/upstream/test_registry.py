@@ -104,6 +104,14 @@ def test_layers_for_multi_token_prediction_are_ignored_by_their_own_tensors(modu
     assert without_ignored(model, [], names)[1] == [name for name in names if name not in ignored]
 
 
+@pytest.mark.parametrize("stated", ["num_nextn_predict_layers", "num_mtp_modules"])
+def test_config_may_state_how_many_layers_for_multi_token_prediction_there_are(stated):
+    model = build_model("mixtral")
+    setattr(model.config, stated, 2)
+    names = [f"model.layers.{len(model.model.layers) + number}.eh_proj.weight" for number in range(3)]
+    assert without_ignored(model, [], names)[1] == names[2:]
+
+
 def test_mapping_of_a_user_becomes_renamings_in_its_order():
     first, second = key_renamings({"^a": "b", "c": "d"})
     assert (first.rename_source_key("a.c")[0], second.rename_source_key("a.c")[0]) == ("b.c", "a.d")

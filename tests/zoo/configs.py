@@ -146,6 +146,15 @@ def minimax_m3_vl() -> Config:
     return names | {"text_config": text, "vision_config": vision}
 
 
+def step3p7() -> Config:
+    text = _COMMON | _EIGHT_HEADS | {"intermediate_size": 512, "moe_intermediate_size": INTERMEDIATE}
+    text |= {"share_expert_dim": INTERMEDIATE, "n_routed_experts": 12, "num_experts_per_tok": 2, "sliding_window": 8}
+    text |= {"moe_layers_enum": "1,2", "layer_types": ["full_attention", "sliding_attention", "sliding_attention"]}
+    vision = {"width": 64, "layers": 2, "heads": 4, "image_size": 56, "patch_size": 14, "mlp_ratio": 1.5}
+    names = {"model_type": "step3p7", "architectures": ["Step3p7ForConditionalGeneration"], "dtype": "bfloat16"}
+    return names | {"text_config": text, "vision_config": vision}
+
+
 def mimo_v2_flash() -> Config:
     config = _TEXT | {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 96, "v_head_dim": 64}
     config |= {"swa_num_attention_heads": 8, "swa_num_key_value_heads": 8, "swa_head_dim": 96, "swa_v_head_dim": 64}

@@ -64,7 +64,7 @@ def powers(stored: Tensor) -> Tensor:
 
 
 def grid(shape: Shape, block: tuple[int, int]) -> Shape:
-    return -(-shape[-2] // block[0]), -(-shape[-1] // block[1])
+    return *shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1])
 
 
 def fine_grained(block: tuple[int, int], suffix: str = "_scale_inv", scale_dtype: torch.dtype = torch.float32) -> Make:

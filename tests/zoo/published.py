@@ -49,14 +49,13 @@ class Published:
     """Patterns and replacements, applied in this order to the names that transformers saves."""
     divides_experts: bool = False
     """Whether each expert is a tensor of its own although the type is published grouped."""
-    has_layouts: bool = True
-    """Whether the model states the layout of its experts, so that others can be made from it."""
     saved_otherwise: bool = False
     """Whether transformers saves other names than the published ones, or experts that are transposed."""
     recipe: str | None = None
     """The name in ``automodel_conv.recipes`` of the rules, where transformers does not know the model type."""
     undivided: str | None = None
-    """A pattern of weights that blocks do not divide, which transformers reads as if they were equal blocks."""
+    """Part of the names of weights that transformers decodes otherwise: as equal blocks, where blocks do not divide
+    them, or without their scales."""
     hook: str = ""
     """A pattern of the hook's error, where transformers would load nonsense; ``"left"`` where it keeps codes itself."""
     readable: Mapping[str, Any] = field(default_factory=dict)
@@ -142,6 +141,8 @@ NEMOTRON_DRAFT = Draft(
     {"mtp.layers.0.enorm.weight": (HIDDEN,), "mtp.layers.0.eh_proj.weight": (HIDDEN, 2 * HIDDEN)},
 )
 
+# transformers 5.24.0 reverses the renames of the vision tower everywhere. The published settings have "layers".
+KIMI_NAMES = ((r"^language_model\.model\.blocks\.", "language_model.model.layers."),)
 V4_NAMES = (
     (r"^model\.hc_head\.hc_", "hc_head_"),
     (r"^model\.embed_tokens", "embed"),
@@ -390,6 +391,7 @@ PUBLISHED: tuple[Published, ...] = (
         formats=((_EXPERTS, "compressed-tensors INT4"),),
         settings=_kimi_settings(type="int") | {"format": "pack-quantized"},
         settings_in_text=True,
+        renames=KIMI_NAMES,
     ),
     Published(
         name="nvidia/Kimi-K2.5-NVFP4",
@@ -405,13 +407,15 @@ PUBLISHED: tuple[Published, ...] = (
             "0.41.0",
         ),
         cache_scales=True,
+        renames=KIMI_NAMES,
     ),
     Published(
         name="MiniMaxAI/MiniMax-M2.5",
         config=configs.minimax_m2(),
-        special="suffixes listed as not converted",
+        special="suffixes listed as not converted; draft layers that num_mtp_modules states",
         formats=((r"(_proj|w[123])\.weight$", BLOCK_FP8),),
         settings=_fp8(fmt="float8_e4m3fn", modules_to_not_convert=["gate", "e_score_correction_bias", "lm_head"]),
+        draft=DEEPSEEK_DRAFT,
     ),
     Published(
         name="nvidia/MiniMax-M2.5-NVFP4",
@@ -448,6 +452,21 @@ PUBLISHED: tuple[Published, ...] = (
             ),
             "quantized_layers": _minimax_m3_layers(),
         },
+    ),
+    Published(
+        name="stepfun-ai/Step-3.7-Flash",
+        config=configs.step3p7(),
+        special="experts stacked, gate and up apart; a vision tower",
+    ),
+    Published(
+        name="stepfun-ai/Step-3.7-Flash-FP8",
+        config=configs.step3p7(),
+        special="stacked scales; transformers 5.24.0 casts the codes of down, which a rule only renames",
+        formats=(
+            (r"^model\.layers\..*(self_attn\.[qkvo]|mlp\.\w+|moe\.\w+|share_expert\.\w+)_proj\.weight$", BLOCK_FP8),
+        ),
+        settings=_fp8(),
+        undivided="experts.down_proj",
     ),
     Published(
         name="XiaomiMiMo/MiMo-V2-Flash",
@@ -523,20 +542,17 @@ PUBLISHED: tuple[Published, ...] = (
     Published(
         name="meta-llama/Llama-4-Scout-17B-16E-Instruct",
         config=configs.llama4(),
-        has_layouts=False,
         special="experts grouped, [E, in, out]; a vision tower",
     ),
     Published(
         name="meta-llama/Llama-4-Maverick-17B-128E-Instruct",
         config=configs.llama4(interleave_moe_layer_step=2, use_qk_norm=False),
-        has_layouts=False,
         special="every second layer is dense",
     ),
     Published(
         name="nvidia/Llama-4-Scout-17B-16E-Instruct-NVFP4",
         config=configs.llama4(),
         hook="transformers would load codes of quantized tensors as values",
-        has_layouts=False,
         special="fused FP4 experts, packed along the columns of the weight",
         formats=(
             (r"experts\.(gate_up|down)_proj$", "ModelOpt NVFP4 of Llama-4"),

@@ -64,7 +64,6 @@ OWN_NAMES = No("scales are not named after the weight", "are not named after it"
 NO_QUANTIZER = No("transformers has no quantizer of it", "transformers would load codes of quantized tensors as values")
 NO_RULE = No("transformers has no rule that groups these experts", "transformers would initialize the experts")
 ROUNDED = No("left to transformers, which rounds twice", "left")
-NO_LAYOUT = No("the model does not state the layout of its experts", "does not state their layout")
 MIXED = {
     "quant_method": "modelopt",
     "quant_algo": "MIXED_PRECISION",
@@ -196,8 +195,7 @@ ROWS: tuple[Row, ...] = (
         "Llama-4-Scout-17B-16E-Instruct-NVFP4",
         config=one_layer(configs.llama4()),
         weights=FUSED,
-        laid_out=NO_LAYOUT,
-        codes_laid_out=NO_LAYOUT,
+        codes_laid_out=PACKED,
         hook=NO_QUANTIZER,
     ),
     _row(

@@ -16,7 +16,7 @@ from automodel_conv.testing import assert_bytes_equal
 from tests.comparing import assert_same_in_order
 from tests.zoo.published import PUBLISHED, QUICK
 from tests.zoo.ranks import assert_ranks_read_their_parts
-from tests.zoo.writing import is_known, is_recent, write
+from tests.zoo.writing import arranged, is_known, is_recent, write
 
 pytestmark = pytest.mark.sweep
 
@@ -64,15 +64,8 @@ def test_model_on_meta_equals_the_twin(case):
 @pytest.mark.parametrize("layout", ["nemo", "gpt_oss", "vllm"])
 def test_layouts_are_those_of_the_loaded_experts(case, options, layout):
     record, written, upstream = case
-    if not record.has_layouts:
-        with pytest.raises(amc.UnsupportedError, match="does not state their layout"):
-            amc.load_state_dict(written.directory, layout=layout, **options)
-        return
     loaded = amc.load_state_dict(written.directory, layout=layout, **options)
-    plain = dict(upstream.state_dict())
-    own = "gpt_oss" if record.config["model_type"] == "gpt_oss" else "transformers"
-    expected = amc.convert_state_dict(plain, rules=[], source_layout=own, layout=layout)
-    assert_same(loaded, expected)
+    assert_same(loaded, arranged(upstream.state_dict(), record.config["model_type"], layout))
 
 
 def test_ranks_read_their_parts(case, options):
@@ -83,10 +76,9 @@ def test_ranks_read_their_parts(case, options):
 def test_converted_on_disk_and_back(case, options, tmp_path):
     record, written, upstream = case
     decode = {"dequantize": True} if record.formats else {}
-    there, back = ({"layout": "nemo"}, {"layout": "per_expert"}) if record.has_layouts else ({}, {})
-    amc.convert_checkpoint(written.directory, tmp_path / "there", **there, **decode, **options)
-    amc.verify_checkpoint(written.directory, tmp_path / "there", **there, **decode, **options)
-    amc.convert_checkpoint(tmp_path / "there", tmp_path / "back", **back, **options)
+    amc.convert_checkpoint(written.directory, tmp_path / "there", layout="nemo", **decode, **options)
+    amc.verify_checkpoint(written.directory, tmp_path / "there", layout="nemo", **decode, **options)
+    amc.convert_checkpoint(tmp_path / "there", tmp_path / "back", layout="per_expert", **options)
     loaded = amc.load_state_dict(tmp_path / "back", **options)
     assert_same(loaded, upstream.state_dict())
     if not record.formats and not record.saved_otherwise:

@@ -15,7 +15,7 @@ import automodel_conv as amc
 from automodel_conv.testing import assert_bytes_equal
 from tests.zoo.ranks import assert_ranks_read_their_parts
 from tests.zoo.rows import COLUMNS, PAGE, ROWS, page
-from tests.zoo.writing import is_known, is_recent, write
+from tests.zoo.writing import arranged, is_known, is_recent, write
 
 pytestmark = pytest.mark.skipif(not is_recent(), reason="the table tells of a recent transformers")
 LAYOUTS = ("nemo", "gpt_oss", "vllm")
@@ -62,9 +62,8 @@ def read(row, written, values, directory):
 
 
 def laid_out(row, written, values, directory):
-    own = "gpt_oss" if row.record.config["model_type"] == "gpt_oss" else "transformers"
     for layout in LAYOUTS:
-        expected = amc.convert_state_dict(dict(values), rules=[], source_layout=own, layout=layout)
+        expected = arranged(values, row.record.config["model_type"], layout)
         assert_same(amc.load_state_dict(written.directory, layout=layout), expected)
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
+import automodel_conv as amc
 from tests.kernels.test_code_tables import rounded
 from tests.model_zoo import build_published, write_checkpoint
 from tests.quantized.per_expert import GROUPED, divided
@@ -106,6 +107,17 @@ def grouped(values: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Ten
             [torch.cat([left.pop(f"{module}{expert}.{part}.weight") for part in parts]) for expert in range(experts)]
         )
     return left
+
+
+def arranged(tensors: Mapping[str, Tensor], model_type: str, layout: str) -> dict[str, Tensor]:
+    """Return a model's state dict with its experts in a layout. No layout is that of Llama-4's, ``[E, in, out]``."""
+    if model_type == "llama4":
+        transposed = {
+            name: tensor.transpose(1, 2).contiguous() for name, tensor in tensors.items() if ".experts." in name
+        }
+        tensors = {**tensors, **transposed}
+    own = "gpt_oss" if model_type == "gpt_oss" else "transformers"
+    return amc.convert_state_dict(dict(tensors), rules=[], source_layout=own, layout=layout)
 
 
 def drafted(tensors: Mapping[str, Tensor], draft: Draft) -> dict[str, Tensor]:
