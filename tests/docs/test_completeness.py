@@ -73,6 +73,12 @@ def test_every_page_is_in_the_navigation_once():
     assert sorted(pages_in(nav)) == sorted(page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md"))
 
 
+def test_glossary_defines_each_word_once():
+    rows = re.findall(r"^\| (.+?) \| (.+) \|$", (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8"), re.M)
+    words = [word for word, meaning in rows if meaning != "meaning"]
+    assert sorted(words) == sorted(set(words))
+
+
 def test_readme_is_short():
     words = len((ROOT / "README.md").read_text("utf-8").split())
     assert words <= README_WORDS, f"README.md has {words} words. do: move text to docs/"
