@@ -210,9 +210,11 @@ def test_type_with_a_class_of_transformers_is_advised_the_rules_of_that_class(tm
 
 
 class WithoutPackage(type):
-    """The type of transformers' stand-ins for classes that need a package that is not installed."""
+    """The type of transformers' stand-ins for classes that need a package that is not installed, as ``DummyObject``."""
 
     def __getattribute__(cls, name):
+        if name.startswith("_"):
+            return super().__getattribute__(name)
         raise ImportError(f"{name} needs a package")
 
 
