@@ -55,6 +55,14 @@ def assert_same(tensors, expected):
         assert_bytes_equal(tensors[name], tensor)
 
 
+def grouped(make):
+    """Return a model whose experts are matrices of 64 x 32, if the installed transformers groups its experts."""
+    model = make(3, 64, 32)
+    if not any(name.endswith(".gate_up_proj") for name in model.state_dict()):
+        pytest.skip("this transformers does not group these experts")
+    return model
+
+
 def written(model, directory, producer):
     exact = write_per_expert(model, directory, producer)
     file = directory / "model.safetensors"
@@ -66,7 +74,7 @@ def written(model, directory, producer):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", ["granite", "granite hybrid", "gemma 4"])
 def test_every_door_decodes_and_groups_them(tmp_path, name, case):
-    model = MODELS[name](3, 64, 32)
+    model = grouped(MODELS[name])
     expected = grouped_values(model, written(model, tmp_path / "published", CASES[case]))
     assert_same(amc.load_state_dict(tmp_path / "published"), expected)
     filled = MODELS[name](3, 64, 32)
@@ -81,7 +89,7 @@ def test_every_door_decodes_and_groups_them(tmp_path, name, case):
 
 @pytest.mark.parametrize("layout", ["transformers", "vllm"])
 def test_fp8_codes_are_grouped_with_a_scale_for_each_row(tmp_path, layout):
-    model = granite(3, 64, 32)
+    model = grouped(granite)
     expected = grouped_values(model, written(model, tmp_path / "published", CASES["FP8 per channel"]))
     amc.convert_checkpoint(tmp_path / "published", tmp_path / "kept", layout=layout)
     kept = amc.open_checkpoint(tmp_path / "kept")
@@ -95,7 +103,7 @@ def test_fp8_codes_are_grouped_with_a_scale_for_each_row(tmp_path, layout):
 @pytest.mark.parametrize("make", [granite, granite_hybrid])
 def test_scales_of_fused_experts_belong_to_their_rows(tmp_path, make):
     """Check Granite's fused FP8: ``input_linear.weight [E, 2I, H]`` and its ``weight_scale [E, 2I, 1]``."""
-    model = make(3, 64, 32)
+    model = grouped(make)
     model.save_pretrained(tmp_path)
     stored, exact = {}, {}
     for name, tensor in load_file(tmp_path / "model.safetensors").items():
