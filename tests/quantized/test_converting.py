@@ -38,10 +38,14 @@ def test_decoded_files_of_a_float16_model_are_rounded_once(tmp_path, layout):
     quantized("qwen3_moe", tmp_path / "quantized", fine_grained((7, 20)))
     config = {key: value for key, value in config_of(tmp_path / "quantized").items() if key != "torch_dtype"}
     (tmp_path / "quantized" / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
-    direct = dict(amc.load_state_dict(tmp_path / "quantized"))
+    direct = decoded_experts(tmp_path / "quantized")
     assert {tensor.dtype for tensor in direct.values()} == {torch.float16}
     amc.convert_checkpoint(tmp_path / "quantized", tmp_path / "plain", layout=layout, dequantize=True)
-    assert_same(dict(amc.load_state_dict(tmp_path / "plain")), direct)
+    assert_same(decoded_experts(tmp_path / "plain"), direct)
+
+
+def decoded_experts(path):
+    return {name: tensor for name, tensor in amc.load_state_dict(path).items() if ".experts." in name}
 
 
 @pytest.mark.parametrize("threads", [1, 3])
