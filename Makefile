@@ -17,7 +17,8 @@ EXTRA_5.12.1 := tokenizers==0.22.2
 # Tests of the code that calls transformers' objects. On every other release, `test` runs those whose results depend on
 # the release: RULE_TESTS if its loader is that of the pinned release, else TRANSFORMERS_TESTS. The sweep leaves out two
 # loads that differ from the others only in the executor. `test-long` runs all tests that import transformers, except
-# those of crash safety, which count the files that one release writes, and of pages, which show what one release prints.
+# those of crash safety, which count the files that one release writes, and those of pages, which show what one release
+# prints.
 RULE_TESTS := tests/upstream tests/doors/conversion_mapping tests/planning/test_compiler.py \
 	tests/planning/test_operations.py tests/planning/test_upstream_operations.py tests/planning/test_square.py \
 	tests/quantized/test_models.py tests/whole/test_installed_transformers.py tests/whole/test_sweep.py \
