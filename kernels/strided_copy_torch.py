@@ -57,10 +57,13 @@ def strided_copy_torch(dst: Sequence[Tensor], src: Sequence[Tensor]) -> None:
     for d, s in zip(dst, src, strict=True):
         d_fast, s_fast = _fastest_dim(d), _fastest_dim(s)
         # copy_ raises if it would write an address twice. The matrices below would hide that, so it must see the whole.
-        if d_fast is None or s_fast is None or d_fast == s_fast or 0 in d.stride():
-            d.copy_(s)
-            continue
-        if not is_worth_panels(d, s, (d.shape[s_fast], d.shape[d_fast])):  # there may be millions of small matrices
+        if (
+            d_fast is None
+            or s_fast is None
+            or d_fast == s_fast
+            or 0 in d.stride()
+            or not is_worth_panels(d, s, (d.shape[s_fast], d.shape[d_fast]))  # there may be millions of small matrices
+        ):
             d.copy_(s)
             continue
         matrices = [(d.movedim((s_fast, d_fast), (-2, -1)), s.movedim((d_fast, s_fast), (-2, -1)))]

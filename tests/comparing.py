@@ -30,6 +30,11 @@ def tensors_of(directory: str | PathLike[str]) -> dict[str, Tensor]:
     return {n: t for file in sorted(Path(directory).glob("*.safetensors")) for n, t in load_file(file).items()}
 
 
+def numel_of(tensors: Mapping[str, Tensor]) -> int:
+    """Return the number of elements of all tensors."""
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
 def contents(directory: str | PathLike[str]) -> dict[str, bytes]:
     """Return the bytes of all files of a directory, by name, as ``unpadded`` returns them."""
     return {path.name: unpadded(path) for path in Path(directory).iterdir()}

@@ -52,7 +52,7 @@ NewDtypeOption = Annotated[
 ]
 DequantizeOption = Annotated[
     bool,
-    typer.Option("--dequantize", help="Decode tensors that config.json lists as quantized, to --dtype or its own."),
+    typer.Option("--dequantize", help="Decode tensors that config.json lists as quantized, to --dtype or its dtype."),
 ]
 DropOption = Annotated[
     list[str] | None,

@@ -21,7 +21,7 @@ import automodel_conv as amc
 from automodel_conv.integrations.dcp import HuggingFaceReader
 from automodel_conv.testing import POISON
 from automodel_conv.upstream.models import expert_layouts
-from tests.comparing import assert_same, assert_same_in_order, contents, tensors_of
+from tests.comparing import assert_same, assert_same_in_order, contents, numel_of, tensors_of
 from tests.model_zoo import DTYPE, OTHER_ORDER, build_model, equal_names, save_upstream, write_checkpoint
 
 pytestmark = [pytest.mark.sweep, pytest.mark.filterwarnings("ignore")]
@@ -135,10 +135,6 @@ def test_from_pretrained_loads_the_original_under_the_hook(case):
             assert any(not torch.equal(tensor, case.expected[name]) for name, tensor in stock.state_dict().items())
         else:
             assert_same_in_order(stock.state_dict(), case.expected)
-
-
-def numel_of(tensors):
-    return sum(tensor.numel() for tensor in tensors.values())
 
 
 def test_it_is_saved_as_by_transformers_or_like_a_reference(case, tmp_path):

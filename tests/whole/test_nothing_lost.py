@@ -24,7 +24,7 @@ from automodel_conv.integrations.dcp import HuggingFaceReader, HuggingFaceWriter
 from automodel_conv.planning.layouts import holds_grouped_experts
 from automodel_conv.testing import POISON, address_valued
 from automodel_conv.upstream.models import expert_layouts
-from tests.comparing import assert_same, tensors_of
+from tests.comparing import assert_same, numel_of, tensors_of
 from tests.model_zoo import EXCLUDED, build_model, write_checkpoint, zoo_names
 
 pytestmark = [pytest.mark.sweep, pytest.mark.filterwarnings("ignore")]
@@ -86,10 +86,6 @@ class Case:
 )
 def case(request, tmp_path_factory):
     return Case(request.param, tmp_path_factory.mktemp("published"))
-
-
-def numel_of(tensors):
-    return sum(tensor.numel() for tensor in tensors.values())
 
 
 def assert_names(names, expected):

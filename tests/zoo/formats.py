@@ -123,8 +123,8 @@ def per_channel(suffix: str, dims: int = 2) -> Make:
 def per_matrix(scale_suffix: str, input_suffix: str) -> Make:
     """FP8, one float32 scale without dimensions for a matrix, and that of the activations.
 
-    Sources: Mistral's files and transformers 5.24.0, ``integrations/finegrained_fp8.py``; compressed-tensors 0.20.1,
-    ``compressors/naive_quantized``, whose scales have one dimension; amd-quark 0.13, ``torch/export``.
+    Sources: Mistral's files and transformers 5.24.0, ``integrations/finegrained_fp8.py``; NVIDIA Model Optimizer 0.47,
+    ``torch/export/quant_utils.py``, ``to_quantized_weight``; amd-quark 0.13, ``torch/export``.
     """
 
     def make(shape: Shape, random: torch.Generator) -> tuple[Stored, Tensor]:
@@ -133,15 +133,6 @@ def per_matrix(scale_suffix: str, input_suffix: str) -> Make:
         return {"": codes, scale_suffix: scale, input_suffix: float_scales((), random)}, exact
 
     return make
-
-
-def modelopt_fp8(shape: Shape, random: torch.Generator) -> tuple[Stored, Tensor]:
-    """Return modelopt's FP8: one float32 scale without dimensions, and that of the activations.
-
-    Source: NVIDIA Model Optimizer 0.47, ``torch/export/quant_utils.py``, ``to_quantized_weight``.
-    """
-    codes, scale = fp8_codes(shape, random), float_scales((), random)
-    return {"": codes, "_scale": scale, ".input_scale": float_scales((), random)}, codes.double() * scale.double()
 
 
 def modelopt_blocks(shape: Shape, random: torch.Generator) -> tuple[Stored, Tensor]:
@@ -153,8 +144,11 @@ def modelopt_blocks(shape: Shape, random: torch.Generator) -> tuple[Stored, Tens
     return stored | {"_scale": stored["_scale"][:, None, :, None].contiguous()}, exact
 
 
-def modelopt_mxfp8(shape: Shape, random: torch.Generator) -> tuple[Stored, Tensor]:
-    """Return modelopt's MXFP8: exponents as U8, one per 32 codes of a row. Source: Model Optimizer 0.47."""
+def mxfp8(shape: Shape, random: torch.Generator) -> tuple[Stored, Tensor]:
+    """Return MXFP8: exponents as U8, one per 32 codes of a row.
+
+    Sources: NVIDIA Model Optimizer 0.47; compressed-tensors 0.20.1, ``compressors/mxfp8``.
+    """
     codes, scales = fp8_codes(shape, random), exponents(grid(shape, (1, 32)), random)
     return {"": codes, "_scale": scales}, codes.double() * spread(powers(scales), (1, 32), torch.Size(shape))
 
@@ -360,7 +354,7 @@ FORMATS: dict[str, Format] = {
     "compressed-tensors FP8, one scale per block": _compressed(
         "float-quantized", **FLOAT8, strategy="block", block_structure=[128, 128]
     ),
-    "compressed-tensors MXFP8": Format(modelopt_mxfp8, _compressed("mxfp8-quantized", **FLOAT8, **_MX).settings),
+    "compressed-tensors MXFP8": Format(mxfp8, _compressed("mxfp8-quantized", **FLOAT8, **_MX).settings),
     "compressed-tensors NVFP4": _compressed(
         "nvfp4-pack-quantized", 700.0, **FLOAT4, strategy="tensor_group", group_size=16
     ),
@@ -370,10 +364,10 @@ FORMATS: dict[str, Format] = {
     ),
     "compressed-tensors INT8": _compressed_int8(),
     "fbgemm_fp8": Format(per_channel("_scale"), {"quant_method": "fbgemm_fp8"}),
-    "ModelOpt FP8": Format(modelopt_fp8, _modelopt("FP8")),
+    "ModelOpt FP8": Format(per_matrix("_scale", ".input_scale"), _modelopt("FP8")),
     "ModelOpt FP8 per channel": Format(per_channel("_scale", dims=1), _modelopt("FP8_PER_CHANNEL_PER_TOKEN")),
     "ModelOpt FP8_PB_WO": Format(modelopt_blocks, _modelopt("FP8_PB_WO")),
-    "ModelOpt MXFP8": Format(modelopt_mxfp8, _modelopt("MXFP8")),
+    "ModelOpt MXFP8": Format(mxfp8, _modelopt("MXFP8")),
     "ModelOpt NVFP4": Format(nvfp4(), _modelopt("NVFP4", group_size=16)),
     "ModelOpt W4A16_NVFP4": Format(nvfp4(False), _modelopt("W4A16_NVFP4", group_size=16)),
     "ModelOpt NVFP4 of Llama-4": Format(llama4_nvfp4, _modelopt("NVFP4", group_size=16)),
