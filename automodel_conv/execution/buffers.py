@@ -130,12 +130,14 @@ class BufferCopies:
         return self._adapted[key]
 
 
-def fill_zero_rows(target: Target, buffer: Tensor) -> None:
-    """Write the rows of a target that no copy fills, and wait for the device."""
-    if target.zero_rows:
-        buffer.narrow(0, buffer.shape[0] - target.zero_rows, target.zero_rows).zero_()
-        if buffer.is_cuda:
-            torch.cuda.current_stream(buffer.device).synchronize()
+def fill_constants(target: Target, buffer: Tensor) -> None:
+    """Write the elements of a target that are constant, and wait for the device."""
+    to_buffer = Piece(0, Box(target.shape, contiguous_strides(target.shape), buffer.stride()), 0, 0)
+    for fill in target.fills:
+        for piece in chain([fill.piece(0)], [to_buffer], buffer.numel()):
+            strided(buffer, piece.box.shape, piece.box.target_strides, piece.target_offset).fill_(fill.value)
+    if target.fills and buffer.is_cuda:
+        torch.cuda.current_stream(buffer.device).synchronize()
 
 
 def span_bytes(tensor: Tensor) -> int:

@@ -162,7 +162,7 @@ def load_to_device(
     chunks, windows = device_schedule(
         load.targets,
         load.copies,
-        checkpoint,
+        load.checkpoint,
         plan.sources.decodes,
         slot_bytes=ring.slot_bytes,
         window_bytes=window_bytes,

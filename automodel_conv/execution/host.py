@@ -107,7 +107,7 @@ def load_to_host(
     threads = min(threads, scratch_bytes // (ALIGN_BYTES * (1 + COPY_RATIO)))
     slot_bytes = bytes_of_slot(threads, scratch_bytes)
     decodes = plan.sources.decodes
-    jobs = schedule(load.targets, load.copies, checkpoint, decodes, threads=threads, slot_bytes=slot_bytes)
+    jobs = schedule(load.targets, load.copies, load.checkpoint, decodes, threads=threads, slot_bytes=slot_bytes)
     most = _most_threads(jobs, threads, scratch_bytes) if adapts else threads
     done: set[int] = set()
 

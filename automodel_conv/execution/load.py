@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from typing import NamedTuple
 
 from torch import Tensor
 
 from automodel_conv.errors import ConversionError, listing
-from automodel_conv.execution.buffers import BufferCopies, checked_buffer, fill_zero_rows
+from automodel_conv.execution.buffers import BufferCopies, checked_buffer, fill_constants
 from automodel_conv.execution.fallbacks import FallbackCall, fallback_calls, run_fallback
 from automodel_conv.execution.reading import read_whole
 from automodel_conv.execution.stats import LoadStats
@@ -65,7 +66,13 @@ def prepare_load(plan: CopyPlan, checkpoint: Checkpoint, buffers: Mapping[str, T
         checked_buffer(target, buffers)
     copies_for = BufferCopies()
     copies = [copies_for(target, tensor) for target, tensor in zip(targets, tensors, strict=True)]
-    return Load(plan, checkpoint, buffers, targets, tensors, copies, calls)
+    return Load(plan, read_as_planned(plan, checkpoint), buffers, targets, tensors, copies, calls)
+
+
+def read_as_planned(plan: CopyPlan, checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint whose bytes have the dtypes that a plan reads them as."""
+    sources = plan.sources
+    return replace(checkpoint, dtypes=sources.dtypes, shapes=sources.shapes) if sources.stored else checkpoint
 
 
 def run_load(
@@ -95,7 +102,7 @@ def run_load(
     with bytes_progress(bytes_read, "loading", progress) as advance:
         try:
             for target, tensor in zip(load.targets, load.tensors, strict=True):
-                fill_zero_rows(target, tensor)
+                fill_constants(target, tensor)
             stats = run(advance)
             for call in load.calls:
                 raise_if_stopped(stop)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from automodel_conv.errors import ReadError, listing, message
 from automodel_conv.execution.buffers import allocate, dtype_of
+from automodel_conv.execution.load import read_as_planned
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.files.source import opened
@@ -51,7 +52,7 @@ def file_range_of(target: Target, checkpoint: Checkpoint) -> FileRange | None:
     Raises:
         UnsupportedError: this version of torch does not have the dtype of the target.
     """
-    if target.fallback is not None or target.zero_rows or not target.nbytes:
+    if target.fallback is not None or target.fills or not target.nbytes:
         return None
     # This also excludes quantized sources: codes are never stored in the dtype of their values.
     if any(checkpoint.dtypes[row] != target.dtype for row in target.sources):
@@ -111,6 +112,7 @@ def map_targets(plan: CopyPlan, checkpoint: Checkpoint, devices: Mapping[str, to
     if not system.can_map():
         return {}
     on_host = (target for target in plan.targets if devices[target.name].type == "cpu")
+    checkpoint = read_as_planned(plan, checkpoint)
     ranges = (file_range_of(target, checkpoint) for target in on_host)
     tensors: dict[str, Tensor] = {}
     for file, groups in groupby(group_ranges(filter(None, ranges)), key=lambda group: group[0].file):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from automodel_conv.errors import ConversionError, message
-from automodel_conv.execution.buffers import BufferCopies, checked_buffer, dtype_of, fill_zero_rows, span_bytes
+from automodel_conv.execution.buffers import BufferCopies, checked_buffer, dtype_of, fill_constants, span_bytes
 from automodel_conv.execution.copy_batch import CopyBatch, uses_kernels
 from automodel_conv.execution.fallbacks import fallback_calls, run_fallback
 from automodel_conv.execution.stats import CopyCounts
@@ -69,7 +69,7 @@ def convert_tensors(
             copies, reads = with_source_strides(copies, [tensors[row] for row in target.sources])
             for copy in copies:
                 batch.add(copy, reads, output)
-            fill_zero_rows(target, output)
+            fill_constants(target, output)
     counts = batch.run(use_kernels)
     for call in fallback_calls(plan):
         run_fallback(call, {row: tensors[row] for row in call.rows}, buffers)
@@ -91,8 +91,9 @@ def _is_same_tensor(buffer: Tensor, source: Tensor) -> bool:
 
 
 def _checked_source(plan: CopyPlan, row: int, tensor: Tensor) -> Tensor:
-    name, shape = plan.sources.names[row], plan.sources.shapes[row]
-    dtype = dtype_of(plan.sources.dtypes[row], name)
+    name, read_as = plan.sources.names[row], (plan.sources.dtypes[row], plan.sources.shapes[row])
+    code, shape = plan.sources.stored.get(row, read_as)
+    dtype = dtype_of(code, name)
     if tensor.shape != shape or tensor.dtype != dtype:
         raise ConversionError(
             message(
@@ -101,7 +102,11 @@ def _checked_source(plan: CopyPlan, row: int, tensor: Tensor) -> Tensor:
                 found=f"{tensor.dtype} {list(tensor.shape)}",
             )
         )
-    return tensor.detach()
+    tensor = tensor.detach()
+    if row not in plan.sources.stored:
+        return tensor
+    code, shape = read_as
+    return tensor.reshape(-1).view(dtype_of(code, name)).view(shape)
 
 
 class _Operand(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -46,6 +46,8 @@ class LoadReport:
             target was read to the host.
         bytes_mapped: bytes of the targets that were mapped (``memory_map=True``). They were not read: the system reads
             their pages on the first access.
+        computed: targets that ``load_with`` left to the loading code itself, and why, by name.
+        rewritten: names of targets to which loading code writes elements more than once; the last write counts.
 
     Example:
         >>> import torch
@@ -78,6 +80,8 @@ class LoadReport:
     threads: int = 0
     pages: PageUse | None = None
     bytes_mapped: int = 0
+    computed: Mapping[str, str] = field(default_factory=dict)
+    rewritten: tuple[str, ...] = ()
 
     @property
     def gb_per_s(self) -> float:
@@ -109,7 +113,13 @@ def load_rows(report: LoadReport) -> list[Row]:
     rows.append(count_row("left out", report.left_out))
     several = [f"{name}: {', '.join(sources)}" for name, sources in report.duplicated_keys]
     unindexed = [f"{name} of {file}" for name, file in report.unindexed]
-    rare = [count_row("claimed by several sources", several), count_row("unindexed", unindexed)]
+    computed = [f"{name}: {reason}" for name, reason in report.computed.items()]
+    rare = [
+        count_row("claimed by several sources", several),
+        count_row("unindexed", unindexed),
+        count_row("computed by the loading code", computed),
+        count_row("written twice", report.rewritten),
+    ]
     return rows + [row for row in rare if row.names]
 
 

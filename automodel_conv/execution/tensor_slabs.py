@@ -90,8 +90,8 @@ def tensor_slabs(
             copies_by_key[key] = _copies_from_regions(target, regions)
         copies, read = with_source_strides(copies_by_key[key], [part.tensor.detach() for part in parts])
         first = len(group.operands)
-        zero_rows = target.zero_rows if _ends_copies(target, copies) else 0  # one process writes them
-        group.targets.append(target._replace(sources=tuple(range(first, first + len(read))), zero_rows=zero_rows))
+        fills = target.fills if _ends_copies(target, copies) else ()  # one process writes them
+        group.targets.append(target._replace(sources=tuple(range(first, first + len(read))), fills=fills))
         group.copies.append(copies)
         group.places.append(place)
         group.operands.extend(read)
@@ -121,8 +121,13 @@ class _InMemory(NamedTuple):
 
 def _ends_copies(target: Target, copies: Sequence[StridedCopy]) -> bool:
     """Return whether one of these copies writes the last element of a target that copies fill."""
+    return _end(copies) == _end(target.copies)
+
+
+def _end(copies: Sequence[StridedCopy]) -> int:
+    """Return the last element that copies write; -1 if there are none."""
     ends = (max(copy.target_offsets) + reach(copy.box.shape, copy.box.target_strides) for copy in copies)
-    return max(ends, default=-1) == target.copied_numel - 1
+    return max(ends, default=-1)
 
 
 def _slabs_on(device: torch.device, group: _Group, most_bytes: int) -> TensorSlabs:

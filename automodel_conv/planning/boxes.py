@@ -239,10 +239,12 @@ def chain(first: Sequence[Piece], second: Sequence[Piece], numel: int) -> list[P
     """
     if not numel:
         return []
-    if len(first) == 1 and _is_identity(first[0], numel):
-        return [piece.canonical()._replace(source=first[0].source) for piece in second]
-    if len(second) == 1 and _is_identity(second[0], numel):
-        return list(first)
+    if len(first) == 1 and first[0].target_offset == 0 and _is_run_of(first[0].box, numel):
+        source, _, start, _ = first[0]
+        return [Piece(source, box.canonical(), start + at, to) for _, box, at, to in second]
+    if len(second) == 1 and second[0].source_offset == 0 and _is_run_of(second[0].box, numel):
+        start = second[0].target_offset
+        return [Piece(source, box, at, start + to) for source, box, at, to in first]
     walks = [walk for p in first for walk in zip(p.box.shape, p.box.target_strides, strict=True)]
     walks += [walk for p in second for walk in zip(p.box.shape, p.box.source_strides, strict=True)]
     radix = _Radix(walks, numel)
@@ -260,18 +262,57 @@ def chain(first: Sequence[Piece], second: Sequence[Piece], numel: int) -> list[P
     return chained
 
 
-def _is_identity(piece: Piece, numel: int) -> bool:
-    box = piece.box
-    return (
-        box.numel == numel
-        and piece.source_offset == piece.target_offset == 0
-        and box.source_strides == box.target_strides
-        and len(box.shape) <= 1
-    )
+def _is_run_of(box: Box, numel: int) -> bool:
+    return box.numel == numel and box.source_strides == box.target_strides and len(box.shape) <= 1
 
 
 def _advance(low: tuple[int, ...], box: _Digits) -> int:
     return sum((digit - start) * step for digit, start, step in zip(low, box.low, box.strides, strict=True))
+
+
+def outside(pieces: Sequence[Piece], view: Piece, numel: int) -> list[Piece]:
+    """Return the parts of pieces that do not write what ``view`` writes, in a target of ``numel`` elements.
+
+    Raises:
+        NotAffine: the pieces and the view have no common mixed radix, or leave the tensor.
+    """
+    walks = [walk for p in (*pieces, view) for walk in zip(p.box.shape, p.box.target_strides, strict=True)]
+    radix = _Radix(walks, numel)
+    holes = [digits for _, digits in _target_boxes(radix, [view])]
+    left = []
+    for source, digits in _target_boxes(radix, pieces):
+        parts = [digits]
+        for hole in holes:
+            parts = [rest for part in parts for rest in _cut(part, hole)]
+        for part in parts:
+            shape = tuple(high - low for low, high in zip(part.low, part.high, strict=True))
+            start = sum(low * weight for low, weight in zip(part.low, radix.weights, strict=True))
+            left.append(Piece(source, Box(shape, part.strides, radix.weights).canonical(), part.offset, start))
+    return left
+
+
+def _cut(box: _Digits, hole: _Digits) -> list[_Digits]:
+    """Return the parts of a box outside another one."""
+    if any(min(high, b) <= max(low, a) for low, high, a, b in zip(*box[:2], *hole[:2], strict=True)):
+        return [box]
+    parts = []
+    for digit, (low, high) in enumerate(zip(hole.low, hole.high, strict=True)):
+        if box.low[digit] < low:
+            parts.append(_between(box, digit, box.low[digit], low))
+        if high < box.high[digit]:
+            parts.append(_between(box, digit, high, box.high[digit]))
+        box = _between(box, digit, max(low, box.low[digit]), min(high, box.high[digit]))
+    return parts
+
+
+def _between(box: _Digits, digit: int, low: int, high: int) -> _Digits:
+    """Return the part of a box in which a digit runs from ``low`` to below ``high``."""
+    return _Digits(
+        (*box.low[:digit], low, *box.low[digit + 1 :]),
+        (*box.high[:digit], high, *box.high[digit + 1 :]),
+        box.strides,
+        box.offset + (low - box.low[digit]) * box.strides[digit],
+    )
 
 
 class Overlap(NamedTuple):

@@ -13,7 +13,7 @@ from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.planning.boxes import NotAffine
 from automodel_conv.planning.casts import check_cast
 from automodel_conv.planning.code_names import parts_of_codes
-from automodel_conv.planning.copies import Fallback, SourceTable, StridedCopy, Target
+from automodel_conv.planning.copies import Fallback, Fill, SourceTable, StridedCopy, Target, zero_rows
 from automodel_conv.planning.operations import OPERATIONS, NotLowerable
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.problems import Problems
@@ -130,7 +130,8 @@ class Compiler:
         for output, name in zip(lowered.outputs, names, strict=True):
             all_read = len(output.reads) in (0, len(rows))  # none: the sources are empty, but determine the dtype
             sources = rows if all_read else tuple([rows[i] for i in output.reads])
-            target = self._target(assignment, name, output.shape, sources, output.copies, output.zero_rows)
+            fills = zero_rows(output.shape, output.zero_rows)
+            target = self._target(assignment, name, output.shape, sources, output.copies, fills)
             if target is not None:
                 targets.append(target)
         return targets
@@ -168,11 +169,11 @@ class Compiler:
         shape: tuple[int, ...],
         rows: tuple[int, ...],
         copies: tuple[StridedCopy, ...],
-        zero_rows: int = 0,
+        fills: tuple[Fill, ...] = (),
     ) -> Target | None:
         dtypes, rule = self.sources.dtypes, assignment.rule
         if self.targets is None:
-            return Target(name, self._free_dtype(name, rows), shape, rule, rows, copies, zero_rows=zero_rows)
+            return Target(name, self._free_dtype(name, rows), shape, rule, rows, copies, fills=fills)
         self.touched.add(name)
         spec = self.targets.get(name)
         if spec is None:
@@ -185,7 +186,7 @@ class Compiler:
         for row in rows:
             if dtypes[row] != dtype:
                 check_cast(self.sources.names[row], dtypes[row], name, dtype)
-        return Target(name, dtype, shape, rule, rows, copies, zero_rows=zero_rows)
+        return Target(name, dtype, shape, rule, rows, copies, fills=fills)
 
     def _new_dtype(self, rows: Iterable[int], first: str) -> str:
         """Return the dtype of a tensor that a rule builds from sources, given the rule's first target."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 
 from automodel_conv.errors import CoverageError, UnsupportedError, message
 from automodel_conv.planning.boxes import NotAffine, Piece, chain
 from automodel_conv.planning.casts import check_cast
-from automodel_conv.planning.copies import SourceTable, StridedCopy, Target, by_source, group_pieces, over_sources
+from automodel_conv.planning.copies import Fill, SourceTable, StridedCopy, Target, by_source, group_pieces, over_sources
 
 
 def table_of(targets: Sequence[Target]) -> SourceTable:
@@ -57,7 +57,7 @@ def chained(
         CoverageError: ``second`` reads a tensor that is not in ``first``.
     """
     shared = _CopiesCache()
-    cache: dict[tuple[object, ...], tuple[tuple[StridedCopy, ...], tuple[int, ...]]] = {}
+    cache: dict[tuple[object, ...], tuple[tuple[StridedCopy, ...], tuple[int, ...], tuple[Fill, ...]]] = {}
     texts: dict[str, int] = {}
     targets = []
     for target in second:
@@ -69,7 +69,8 @@ def chained(
             _check_chainable(before, sources, target)
         rows: dict[int, int] = {}
         ordinals = tuple(tuple(rows.setdefault(row, len(rows)) for row in before.sources) for before in middle)
-        key = (id(target.copies), ordinals, *((id(before.copies), before.shape) for before in middle))
+        parts = ((id(before.copies), str(before.fills), before.shape) for before in middle)
+        key = (id(target.copies), str(target.fills), ordinals, *parts)  # texts, because 0.0 equals -0.0
         if key not in cache:
             pieces = [
                 piece._replace(source=ordinals[read.source][piece.source])
@@ -80,20 +81,24 @@ def chained(
             used = tuple(sorted({piece.source for piece in pieces}))
             index = {ordinal: i for i, ordinal in enumerate(used)}
             copies = group_pieces(piece._replace(source=index[piece.source]) for piece in pieces)
-            cache[key] = shared(copies), used
-        copies, used = cache[key]
+            cache[key] = shared(copies), used, (*target.fills, *_fills(target, middle))
+        copies, used, fills = cache[key]
         all_rows = list(rows)
         rule = _joined_rule(middle, target.rule, rules, texts)
         read_rows = tuple(all_rows[ordinal] for ordinal in used)
-        zero_rows = _zero_rows(target, copies) if any(t.zero_rows for t in (target, *middle)) else 0
-        targets.append(Target(target.name, target.dtype, target.shape, rule, read_rows, copies, zero_rows=zero_rows))
+        targets.append(Target(target.name, target.dtype, target.shape, rule, read_rows, copies, fills=fills))
     return targets, tuple(texts)
 
 
-def _zero_rows(target: Target, copies: Sequence[StridedCopy]) -> int:
-    """Return the number of rows that copies leave to zeros."""
-    zeros = prod(target.shape) - sum(copy.box.numel * len(copy.ordinals) for copy in copies)
-    return zeros // max(prod(target.shape[1:]), 1)
+def _fills(target: Target, middle: Sequence[Target]) -> Iterator[Fill]:
+    """Yield the elements of a target that are constant where it reads ``middle``."""
+    if not any(before.fills for before in middle):
+        return
+    for read in (read for copy in target.copies for read in copy.pieces()):
+        before = middle[read.source]
+        for fill in before.fills:
+            for piece in _chained([fill.piece(0)], read, before, target):
+                yield Fill.of_piece(piece, fill.value)
 
 
 def _joined_rule(
@@ -153,8 +158,17 @@ def _through(before: Target, read: Piece, target: Target) -> list[Piece]:
         return [piece for walk in walks for piece in by_source(walk).pieces()]
     except NotAffine:  # the pieces of single sources may still have a common radix
         pass
+    return _chained([piece for copy in before.copies for piece in copy.pieces()], read, before, target)
+
+
+def _chained(pieces: Sequence[Piece], read: Piece, before: Target, target: Target) -> list[Piece]:
+    """Return the pieces that read what ``pieces``, which write ``before``, read.
+
+    Raises:
+        UnsupportedError: there are none.
+    """
     try:
-        return chain([piece for copy in before.copies for piece in copy.pieces()], [read], numel)
+        return chain(pieces, [read], prod(before.shape))
     except NotAffine as error:
         text = f"{target.name} cannot be filled straight from the sources of {before.name}: {error}"
         raise UnsupportedError(message(text)) from None

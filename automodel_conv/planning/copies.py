@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, NamedTuple
 
-from automodel_conv.dtypes import nbytes
+from automodel_conv.dtypes import itemsize, nbytes
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.arrangement import PLAIN, Arrangement
 from automodel_conv.planning.boxes import SPAN, Box, Piece, run_of
@@ -145,6 +145,38 @@ class Fallback(NamedTuple):
     """Whether it runs on the CPU wherever the targets are; otherwise it runs on their device."""
 
 
+class Fill(NamedTuple):
+    """Elements of a target that have one value, which is in no source.
+
+    ``target[offset + i . strides] = value`` for all i < shape, in elements of the contiguous target.
+    """
+
+    value: float
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    def piece(self, source: int) -> Piece:
+        """Return a copy of one element of a source to all elements."""
+        return Piece(source, Box(self.shape, (0,) * len(self.shape), self.strides), 0, self.offset)
+
+    @classmethod
+    def of_piece(cls, piece: Piece, value: float) -> Fill:
+        """Return what a copy of one element with this value writes."""
+        box = piece.box.canonical()
+        return cls(value, box.shape, box.target_strides, piece.target_offset)
+
+
+def zero_rows(shape: Sequence[int], rows: int) -> tuple[Fill, ...]:
+    """Return the fills of the last rows (indices of the first dimension) of a tensor with zeros."""
+    numel = rows * prod(shape[1:])
+    return (Fill(0, (numel,), (1,), prod(shape) - numel),) if numel else ()
+
+
 class Target(NamedTuple):
     """One tensor to fill, and the copies that fill it."""
 
@@ -159,19 +191,19 @@ class Target(NamedTuple):
     copies: tuple[StridedCopy, ...]
     fallback: Fallback | None = None
     """Code of transformers that fills the target instead of copies."""
-    zero_rows: int = 0
-    """Number of the last rows (indices of the first dimension) that no copy fills, because they are zero."""
+    fills: tuple[Fill, ...] = ()
+    """Elements that no copy fills, because they have a value that is in no source."""
 
     @property
     def is_whole(self) -> bool:
         """Whether one copy moves everything in one run, so that a target of its source's size equals the source."""
         is_run = len(self.copies) <= 1 and all(c.box.is_run and len(c.ordinals) == 1 for c in self.copies)
-        return is_run and not self.zero_rows
+        return is_run and not self.fills
 
     @property
     def copied_numel(self) -> int:
-        """Number of elements that copies fill: all except those in rows of zeros, which come last."""
-        return prod(self.shape) - self.zero_rows * prod(self.shape[1:])
+        """Number of elements that copies fill."""
+        return prod(self.shape) - sum(fill.numel for fill in self.fills)
 
     @property
     def nbytes(self) -> int:
@@ -290,11 +322,30 @@ class SourceTable:
     """
     hidden: frozenset[int] = frozenset()
     """Rows that no target reads by name, such as the parts of quantized tensors."""
+    stored: Mapping[int, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    """Dtype and shape in the checkpoint of sources whose bytes are read as another dtype, by row."""
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> SourceTable:
         """Return the table of a checkpoint, with its tensors as they are stored."""
         return cls(checkpoint.names, checkpoint.dtypes, checkpoint.shapes)
+
+    def read_as(self, codes: Mapping[int, str]) -> SourceTable:
+        """Return this table with the bytes of some sources, by row, read as other dtypes.
+
+        The last dimension then has as many elements as its bytes make; a scalar becomes a dimension. If its bytes make
+        no whole number of elements, all dimensions become one.
+        """
+        dtypes, shapes, stored = list(self.dtypes), list(self.shapes), {}
+        for row, code in codes.items():
+            if code != dtypes[row]:
+                stored[row] = dtypes[row], shapes[row]
+                has, reads = itemsize(dtypes[row]), itemsize(code)
+                *outer, inner = shapes[row] or (1,)
+                is_whole = inner * has % reads == 0
+                shapes[row] = (*outer, inner * has // reads) if is_whole else (prod(shapes[row]) * has // reads,)
+                dtypes[row] = code
+        return replace(self, dtypes=dtypes, shapes=shapes, stored=stored) if stored else self
 
     def nbytes(self, row: int, numel: int | None = None) -> int:
         """Return the number of bytes that store a source, or ``numel`` of its elements.

@@ -130,6 +130,7 @@ def fit_sources(plan: CopyPlan, table: SourceTable, misfits: Misfits, strict: bo
     if (planned.names, planned.dtypes, planned.shapes) == columns and planned.decodes == table.decodes:
         return plan
     rows = _rows_of(planned.names, table.names, [target.name for target in plan.targets])
+    table = table.read_as({at: planned.dtypes[row] for row in planned.stored if (at := rows[row]) is not None})
     read = _rows_read(plan)
     for row, name in enumerate(planned.names):
         new_row = rows[row]
@@ -180,6 +181,8 @@ class _Source(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     decode: Decode | None
+    stored: tuple[str, tuple[int, ...]] | None
+    """Dtype and shape in the checkpoint, if its bytes are read as another dtype."""
 
     @staticmethod
     def of(table: SourceTable, row: int, rows: list[int | None] | None = None) -> _Source:
@@ -193,10 +196,13 @@ class _Source(NamedTuple):
         decode = table.decodes.get(row)
         if decode is not None and rows is not None:
             decode = decode.with_part_rows([None if part is None else rows[part] for part in decode.part_rows])
-        return _Source(table.dtypes[row], table.shapes[row], decode)
+        return _Source(table.dtypes[row], table.shapes[row], decode, table.stored.get(row))
 
     def __str__(self) -> str:
         text = f"{self.dtype} {list(self.shape)}"
+        if self.stored is not None:
+            code, shape = self.stored
+            return f"{code} {list(shape)} as {text}"
         if self.decode is None:
             return text
         flags = [flag for flag in ("divides", "like_upstream") if getattr(self.decode, flag)]

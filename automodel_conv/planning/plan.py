@@ -13,7 +13,6 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from heapq import nlargest
 from itertools import takewhile
-from math import prod
 from operator import eq
 
 from automodel_conv.dtypes import DECODED
@@ -189,8 +188,8 @@ class CopyPlan:
             ways.append("decode")
         if any(self.sources.dtypes[row] != target.dtype for row in target.sources) and not all(decoded):
             ways.append("cast")
-        if target.zero_rows:
-            ways.append("zeros")
+        if target.fills:
+            ways.append("zeros" if all(fill.value == 0 for fill in target.fills) else "constants")
         return ", ".join(ways) or "read"
 
     def summary(self) -> str:
@@ -265,9 +264,7 @@ class CopyPlan:
             read = _walk(piece.source_offset, box.shape, box.source_strides)
             written = _walk(piece.target_offset, box.shape, box.target_strides)
             lines.append(f"  {self._source_text(target.sources[piece.source])}{read} -> {written}")
-        if target.zero_rows:
-            start = target.copied_numel
-            lines.append(f"  rows of zeros -> {_walk(start, (prod(target.shape) - start,), (1,))}")
+        lines += [f"  constant {fill.value} -> {_walk(fill.offset, fill.shape, fill.strides)}" for fill in target.fills]
         return "\n".join(lines)
 
     def _rule_text(self, rule: int) -> str:

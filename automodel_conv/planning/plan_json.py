@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from math import prod
+from collections.abc import Iterator, Mapping, Sequence
+from math import isfinite, prod
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from automodel_conv.dtypes import BITS
+from automodel_conv.dtypes import BITS, nbytes
 from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.planning.boxes import Box
-from automodel_conv.planning.copies import CODE_BITS, Decode, SourceTable, StridedCopy, Target
+from automodel_conv.planning.copies import CODE_BITS, Decode, Fill, SourceTable, StridedCopy, Target
 
-_VERSION = 4
+_VERSION = 5
 # Fields that JSON represents as they are.
 _PLAIN_FIELDS = ("rules", "missing", "unexpected", "mismatched", "tied")
 
@@ -41,13 +41,19 @@ def text_of(plan: Mapping[str, Any]) -> str:
             "decodes": list(sources.decodes.items()),
             "hidden": sorted(sources.hidden),
             "copies": [[_row(copy) for copy in group] for group in copies],
+            "stored": list(sources.stored.items()),
             "targets": [
-                [t.name, t.dtype, t.shape, t.rule, t.sources, group_of[id(t.copies)], t.zero_rows] for t in targets
+                _Target(t.name, t.dtype, t.shape, t.rule, t.sources, group_of[id(t.copies)], _fill_rows(t.fills))
+                for t in targets
             ],
             **{name: plan[name] for name in _PLAIN_FIELDS},
             "layouts": [plan["layout"], plan["source_layout"]],
         }
     )
+
+
+def _fill_rows(fills: Sequence[Fill]) -> tuple[_Fill, ...]:
+    return tuple(_Fill(f.value if isfinite(f.value) else str(f.value), f.shape, f.strides, f.offset) for f in fills)
 
 
 def _row(copy: StridedCopy) -> _Copy:
@@ -94,6 +100,28 @@ class _Copy(NamedTuple):
         return StridedCopy(box, self.ordinals, self.source_offsets, self.target_offsets)
 
 
+class _Fill(NamedTuple):
+    """A ``Fill``; an infinite value or a NaN is text."""
+
+    value: bool | int | float | str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+
+
+class _Target(NamedTuple):
+    """A ``Target`` as one row."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    rule: int
+    sources: tuple[int, ...]
+    copies: int
+    """Row of its copies in ``_Form.copies``."""
+    fills: tuple[_Fill, ...]
+
+
 class _Form(msgspec.Struct):
     """The JSON form that ``text_of`` writes."""
 
@@ -101,7 +129,8 @@ class _Form(msgspec.Struct):
     decodes: list[tuple[int, Decode]]
     hidden: list[int]
     copies: list[list[_Copy]]
-    targets: list[tuple[str, str, tuple[int, ...], int, tuple[int, ...], int, int]]
+    stored: list[tuple[int, tuple[str, tuple[int, ...]]]]
+    targets: list[_Target]
     rules: tuple[str, ...]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
@@ -127,18 +156,33 @@ def _fields(form: _Form) -> dict[str, Any]:
     names, dtypes, shapes = form.sources
     if not len(names) == len(dtypes) == len(shapes):
         raise _not_a_plan("source columns that differ in length")
-    unknown = {*dtypes, *(dtype for _, dtype, *_ in form.targets)} - BITS.keys()
+    stored = dict(form.stored)
+    unknown = {*dtypes, *(t.dtype for t in form.targets), *(dtype for dtype, _ in stored.values())} - BITS.keys()
     if unknown:
         raise _not_a_plan(f"unknown dtypes {sorted(unknown)}")
     copies = [copy for group in form.copies for copy in group]
-    sizes = [*shapes, *(shape for _, _, shape, *_ in form.targets), *(copy.shape for copy in copies)]
+    fills = [fill for target in form.targets for fill in target.fills]
+    sizes = [
+        *shapes,
+        *(part.shape for part in (*form.targets, *copies, *fills)),
+        *(shape for _, shape in stored.values()),
+    ]
     if any(min(shape, default=0) < 0 for shape in sizes):
         raise _not_a_plan("a negative size")
+    if any(len(fill.shape) != len(fill.strides) for fill in fills):
+        raise _not_a_plan("constants whose shape and strides differ in length")
+    if any(isinstance(fill.value, str) and fill.value not in ("inf", "-inf", "nan") for fill in fills):
+        raise _not_a_plan("constants that are no numbers")
+    if any(
+        nbytes(*has) != nbytes(dtypes[row], prod(shapes[row])) if 0 <= row < len(names) else True
+        for row, has in _numel(stored)
+    ):
+        raise _not_a_plan("sources that are read as more or fewer bytes than they have")
     if not all(copy.is_even for copy in copies):
         raise _not_a_plan("copies whose shape and strides, or whose columns, differ in length")
-    if any(not 0 <= group < len(form.copies) for *_, group, _ in form.targets):
+    if any(not 0 <= target.copies < len(form.copies) for target in form.targets):
         raise _not_a_plan("targets with unknown copies")
-    if any(not -1 <= rule < len(form.rules) for _, _, _, rule, *_ in form.targets):
+    if any(not -1 <= target.rule < len(form.rules) for target in form.targets):
         raise _not_a_plan("targets with unknown rules")
     decodes = dict(form.decodes)
     rows = [*decodes, *form.hidden, *(part for decode in decodes.values() for part in decode.parts)]
@@ -149,17 +193,27 @@ def _fields(form: _Form) -> dict[str, Any]:
             raise _not_a_plan(f"the parts of {names[row]} do not fit: {decode}")
     groups = [tuple(copy.copy() for copy in group) for group in form.copies]
     targets = tuple(
-        Target(name, dtype, shape, rule, sources, groups[group], zero_rows=zero_rows)
-        for name, dtype, shape, rule, sources, group, zero_rows in form.targets
+        Target(t.name, t.dtype, t.shape, t.rule, t.sources, groups[t.copies], fills=tuple(map(_fill, t.fills)))
+        for t in form.targets
     )
     layout, source_layout = form.layouts
     return {
-        "sources": SourceTable(names, dtypes, shapes, decodes, frozenset(form.hidden)),
+        "sources": SourceTable(names, dtypes, shapes, decodes, frozenset(form.hidden), stored),
         "targets": targets,
         **{name: getattr(form, name) for name in _PLAIN_FIELDS},
         "layout": layout,
         "source_layout": source_layout,
     }
+
+
+def _fill(row: _Fill) -> Fill:
+    return Fill(float(row.value) if isinstance(row.value, str) else row.value, row.shape, row.strides, row.offset)
+
+
+def _numel(stored: Mapping[int, tuple[str, tuple[int, ...]]]) -> Iterator[tuple[int, tuple[str, int]]]:
+    """Yield dtype and number of elements of sources as they are stored, by row."""
+    for row, (dtype, shape) in stored.items():
+        yield row, (dtype, prod(shape))
 
 
 def _reads_inside(decode: Decode, row: int, shapes: Sequence[tuple[int, ...]]) -> bool:

@@ -1,4 +1,7 @@
-"""The proof that a plan is valid: copies or zeros fill every element exactly once, and reads stay in their sources."""
+"""The proof that a plan is valid.
+
+Copies or constants fill every element exactly once, and reads stay in their sources.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +26,13 @@ def prove(targets: Sequence[Target], sources: SourceTable) -> None:
     if len(names) != len(targets):
         repeated = next(t.name for t in targets if t.name not in names or names.discard(t.name))
         raise CoverageError(message(f"two targets are named {repeated}"))
-    proved: set[tuple[int, int]] = set()
+    proved: set[tuple[object, ...]] = set()
     for target in targets:
         if target.fallback is not None:
             continue
         _prove_reads_inside(target, sources)
-        rows = (target.shape or (0,))[0]
-        if not 0 <= target.zero_rows <= rows:
-            text = f"the number of rows of zeros of {target.name} is impossible"
-            raise CoverageError(message(text, expected=f"0 to {rows}", found=target.zero_rows))
-        numel = target.copied_numel
-        key = (id(target.copies), numel)
+        numel = prod(target.shape)
+        key = (id(target.copies), target.fills, numel)
         if key not in proved:
             _prove_written_once(target, numel, sources)
             proved.add(key)
@@ -45,7 +44,8 @@ def _prove_written_once(target: Target, numel: int, sources: SourceTable) -> Non
     except NotAffine as error:
         raise CoverageError(message(f"the copies of {target.name} cannot be proved: {error}")) from None
     if overlap is not None:
-        names = " and ".join(sources.names[target.sources[i]] for i in overlap.sources)
+        writers = [sources.names[row] for row in target.sources] + [f"the constant {f.value}" for f in target.fills]
+        names = " and ".join(writers[i] for i in overlap.sources)
         raise CoverageError(
             message(
                 f"element {overlap.element} of {target.name} would be written twice",
@@ -53,6 +53,7 @@ def _prove_written_once(target: Target, numel: int, sources: SourceTable) -> Non
             )
         )
     written = sum(copy.box.numel * len(copy.ordinals) for copy in target.copies)
+    written += sum(fill.numel for fill in target.fills)
     if written != numel:
         raise CoverageError(
             message(
@@ -65,12 +66,13 @@ def _prove_written_once(target: Target, numel: int, sources: SourceTable) -> Non
 
 def _overlap(target: Target, numel: int) -> Overlap | None:
     """Return ``find_overlap`` of all pieces of a target; expand the copies to single pieces only if necessary."""
+    fills = [fill.piece(source) for source, fill in enumerate(target.fills, len(target.sources))]
     try:
-        if find_overlap([piece for copy in target.copies for piece in over_sources(copy)], numel) is None:
+        if find_overlap([*(piece for copy in target.copies for piece in over_sources(copy)), *fills], numel) is None:
             return None
     except NotAffine:  # the pieces of single sources may still have a common radix
         pass
-    return find_overlap([piece for copy in target.copies for piece in copy.pieces()], numel)
+    return find_overlap([*(piece for copy in target.copies for piece in copy.pieces()), *fills], numel)
 
 
 def _prove_reads_inside(target: Target, sources: SourceTable) -> None:

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from automodel_conv.dtypes import itemsize
+from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.files.full_io import IOV_MAX
 from automodel_conv.planning.boxes import Box
 from automodel_conv.planning.copies import Decode, StridedCopy, Target
@@ -190,10 +191,18 @@ def _slabs_of_reads(
 
 
 def _slabs_of_zeros(target: Target, file: int, begin: int, most_bytes: int) -> Iterator[Slab]:
-    """Return the slabs of the rows that no copy fills, for a target that starts at byte ``begin``."""
-    if target.zero_rows:
-        for start in range(target.copied_numel * itemsize(target.dtype), target.nbytes, most_bytes):
-            yield Slab(file, begin + start, min(most_bytes, target.nbytes - start), [], {})
+    """Yield the slabs of the zeros of a target that starts at byte ``begin``.
+
+    Raises:
+        UnsupportedError: its constants are not runs of zeros.
+    """
+    size = itemsize(target.dtype)
+    for fill in target.fills:
+        if str(fill.value) == "-0.0" or fill.value or fill.strides not in ((1,), ()):
+            raise UnsupportedError(message(f"{target.name} has constants that cannot be written to files", found=fill))
+        stop = (fill.offset + fill.numel) * size
+        for start in range(fill.offset * size, stop, most_bytes):
+            yield Slab(file, begin + start, min(most_bytes, stop - start), [], {})
 
 
 def _slabs_of_moves(

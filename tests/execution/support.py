@@ -13,7 +13,7 @@ from torch import Tensor
 
 from automodel_conv.dtypes import dtype_code, torch_dtype
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
-from automodel_conv.planning.copies import SourceTable, Target
+from automodel_conv.planning.copies import SourceTable, Target, zero_rows
 from automodel_conv.planning.lowering import copies_of, lower
 from automodel_conv.planning.operations import Context, Operation
 from automodel_conv.planning.plan import CopyPlan
@@ -87,7 +87,9 @@ def target(
 
 
 def target_from(name: str, dtype: str, value: Value, rows: Iterable[int]) -> Target:
-    return Target(name, dtype, value.shape, -1, tuple(rows), copies_of(value), zero_rows=value.zero_rows)
+    return Target(
+        name, dtype, value.shape, -1, tuple(rows), copies_of(value), fills=zero_rows(value.shape, value.zero_rows)
+    )
 
 
 def plan_of(sources: SourceTable, *targets: Target) -> CopyPlan:
@@ -109,8 +111,11 @@ def naive(plan: CopyPlan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                     write = piece.target_offset + _dot(index, piece.box.target_strides)
                     assert out[write] is None
                     out[write] = flat[read].to(torch_dtype(t.dtype))
-        zeros = t.zero_rows * prod(t.shape[1:])
-        out[len(out) - zeros :] = [torch.zeros((), dtype=torch_dtype(t.dtype))] * zeros
+        for fill in t.fills:
+            for index in itertools.product(*map(range, fill.shape)):
+                write = fill.offset + _dot(index, fill.strides)
+                assert out[write] is None
+                out[write] = torch.tensor(fill.value, dtype=torch_dtype(t.dtype))
         empty = torch.empty(t.shape, dtype=torch_dtype(t.dtype))
         results[t.name] = torch.stack(out).reshape(t.shape) if out else empty
     return results

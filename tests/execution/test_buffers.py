@@ -12,13 +12,13 @@ from automodel_conv.execution.buffers import (
     byte_view,
     checked_buffer,
     dtype_of,
-    fill_zero_rows,
+    fill_constants,
     raw_bytes,
     span_bytes,
     strided,
 )
 from automodel_conv.planning.boxes import Box, run_of
-from automodel_conv.planning.copies import StridedCopy, Target
+from automodel_conv.planning.copies import StridedCopy, Target, zero_rows
 
 TARGET = Target("t", "BF16", (2, 3), -1, (0,), (StridedCopy(run_of(6), (0,), (0,), (0,)),))
 
@@ -104,7 +104,7 @@ def test_copies_are_aimed_at_the_strides_that_a_buffer_has():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.bool, torch.float8_e4m3fn], ids=str)
 def test_rows_of_zeros_are_filled_in_a_buffer_of_any_strides(dtype):
     for buffer in (torch.ones(4, 3).to(dtype), torch.ones(3, 4).to(dtype).t(), torch.ones(8, 6).to(dtype)[::2, ::2]):
-        fill_zero_rows(TARGET._replace(shape=(4, 3), zero_rows=3), buffer)
+        fill_constants(TARGET._replace(shape=(4, 3), fills=zero_rows((4, 3), 3)), buffer)
         assert buffer.float().tolist() == [[1.0] * 3, *([[0.0] * 3] * 3)]
-        fill_zero_rows(TARGET._replace(shape=(4, 3)), buffer)
+        fill_constants(TARGET._replace(shape=(4, 3)), buffer)
         assert buffer[0].float().tolist() == [1.0] * 3

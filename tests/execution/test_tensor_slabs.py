@@ -199,8 +199,8 @@ def test_single_rank_keeps_the_bytes_of_other_ranks(tmp_path_factory, seed, most
     reads = [[0] * prod(shape) for shape in plan.sources.shapes]
     widths = {}
     for t in plan.targets:
-        zeros = t.zero_rows * prod(t.shape[1:]) * itemsize(t.dtype)
-        last = prod(t.shape[1:]) * (t.shape[0] - t.zero_rows) - 1 if zeros else None
+        zeros = sum(fill.numel for fill in t.fills) * itemsize(t.dtype)
+        last = t.copied_numel - 1 if zeros else None
         for copy in t.copies:
             for piece in copy.pieces():
                 row = t.sources[piece.source]

@@ -53,11 +53,14 @@ def execute(plan: CopyPlan, sources: Mapping[str, Sequence[Any]]) -> dict[str, l
     for target in plan.targets:
         pieces = [piece for copy in target.copies for piece in copy.pieces()]
         elements = written(pieces)
-        zeros = [0] * (target.zero_rows * prod(target.shape[1:]))
-        assert sorted(elements) == list(range(prod(target.shape) - len(zeros))), target.name
         names = [plan.sources.names[row] for row in target.sources]
-        copied = [sources[names[ordinal]][element] for _, (ordinal, element) in sorted(elements.items())]
-        results[target.name] = copied + zeros
+        values = {at: sources[names[ordinal]][element] for at, (ordinal, element) in elements.items()}
+        for fill in target.fills:
+            filled = dict.fromkeys(written([fill.piece(0)]), fill.value)
+            assert not values.keys() & filled.keys(), target.name
+            values |= filled
+        assert sorted(values) == list(range(prod(target.shape))), target.name
+        results[target.name] = [values[element] for element in sorted(values)]
     return results
 
 

@@ -4,7 +4,7 @@ import random
 
 from hypothesis import strategies as st
 
-from automodel_conv.planning.copies import SourceTable, Target
+from automodel_conv.planning.copies import SourceTable, Target, zero_rows
 from automodel_conv.planning.lowering import copies_of, lower
 from automodel_conv.planning.operations import Context, Operation
 from automodel_conv.planning.plan import CopyPlan
@@ -38,7 +38,7 @@ def targets_of(sources, groups, operations, outputs, dtype="BF16", rule=-1):
     if not operations:
         values = {outputs[0]: values["p0"]}
     return [
-        Target(name, dtype, v.shape, rule, tuple(rows), copies_of(v), zero_rows=v.zero_rows)
+        Target(name, dtype, v.shape, rule, tuple(rows), copies_of(v), fills=zero_rows(v.shape, v.zero_rows))
         for name, v in values.items()
     ]
 

@@ -16,6 +16,7 @@ from automodel_conv.planning.boxes import (
     chain,
     contiguous_strides,
     find_overlap,
+    outside,
 )
 from tests.planning.oracles import pairs, twice_written, written
 
@@ -257,3 +258,79 @@ def test_overlap_of_small_things():
 def test_overlap_refuses_pieces_that_are_no_boxes_of_the_target(strides, offset):
     with pytest.raises(NotAffine):
         find_overlap([Piece(0, Box((4,), (1,), strides), 0, offset)], 4)
+
+
+def random_hole(rng, numel, shape):
+    """Draw a narrowed or stepped view of a tensor, as a piece that moves it onto itself."""
+    read = rng.choice(random_reads(rng, numel, shape))
+    box = read.box._replace(target_strides=read.box.source_strides)
+    return Piece(0, box, read.source_offset, read.source_offset)
+
+
+def test_outside_of_a_view_is_what_the_view_does_not_write():
+    failed, cut = 0, 0
+    for seed in range(300):
+        rng = random.Random(seed)
+        shape = random_shape(rng, rng.randrange(0, 4))
+        pieces = tiled(rng, shape)
+        if rng.random() < 0.5:
+            pieces = rng.sample(pieces, rng.randrange(len(pieces) + 1))
+        view = random_hole(rng, prod(shape), shape)
+        try:
+            left = outside(pieces, view, prod(shape))
+        except NotAffine:
+            failed += 1
+            continue
+        hole = {element for _, element in pairs(view)}
+        expected = {at: source for at, source in written(pieces).items() if at not in hole}
+        assert written(left) == expected, seed
+        assert all(piece.canonical() == piece and piece.box.numel for piece in left), seed
+        cut += 0 < len(expected) < len(written(pieces))
+    assert failed < 100
+    assert cut > 100
+
+
+@pytest.mark.parametrize("box", [Box((4, 6), (6, 1), (6, 1)), Box((24,), (1,), (1,))], ids=["rows", "run"])
+def test_outside_of_views_in_each_place(box):
+    whole = Piece(5, box, 100, 0)
+    for first, last, start, stop in (
+        (0, 4, 0, 6),
+        (0, 4, 2, 4),
+        (1, 3, 0, 6),
+        (1, 3, 2, 4),
+        (0, 1, 0, 1),
+        (3, 4, 5, 6),
+    ):
+        shape = last - first, stop - start
+        hole = Piece(0, Box(shape, (6, 1), (6, 1)), first * 6 + start, first * 6 + start)
+        left = outside([whole], hole, 24)
+        assert written(left).keys() == set(range(24)) - {element for _, element in pairs(hole)}
+        assert all(source == (5, at + 100) for at, source in written(left).items())
+        assert len(left) <= sum((first > 0, last < 4, start > 0, stop < 6))
+
+
+def test_outside_of_what_is_elsewhere_is_everything():
+    pieces = [Piece(1, Box((4,), (1,), (1,)), 3, 0), Piece(2, Box((4,), (1,), (1,)), 0, 8)]
+    between = Piece(0, Box((4,), (1,), (1,)), 4, 4)
+    assert outside(pieces, between, 12) == pieces
+    assert outside([], between, 12) == []
+    assert outside(pieces[:1], Piece(0, Box((0,), (1,), (1,)), 0, 0), 12) == pieces[:1]
+
+
+def test_chain_of_whole_tensors_starts_where_they_start():
+    """A tensor that is one run, or that is read as one, needs no radix: strides may be any."""
+    run = Piece(7, Box((12,), (1,), (1,)), 50, 0)
+    odd = Piece(0, Box((2, 2, 2), (5, 2, 1), (4, 1, 2)), 1, 3)
+    assert chain([run], [odd], 12) == [Piece(7, odd.box.canonical(), 51, 3)]
+    assert chain(
+        [run, run._replace(source=8, box=Box((0,), (1,), (1,)))], [odd._replace(box=Box((2,), (1,), (3,)))], 12
+    ) == [Piece(7, Box((2,), (1,), (3,)), 51, 3)]
+    parts = [Piece(1, Box((2, 2), (9, 4), (5, 2)), 1, 0), Piece(2, Box((3,), (1,), (3,)), 0, 1)]
+    assert chain(parts, [Piece(0, Box((12,), (1,), (1,)), 0, 30)], 12) == [
+        part._replace(target_offset=part.target_offset + 30) for part in parts
+    ]
+    for every_second in (Piece(1, Box((12,), (2,), (1,)), 1, 0), Piece(1, Box((12,), (0,), (1,)), 1, 0)):
+        read = Piece(0, Box((3,), (1,), (1,)), 4, 0)
+        assert written(chain([every_second], [read], 12)) == through_the_middle([every_second], [read])
+    turned = Piece(1, Box((3, 4), (1, 3), (4, 1)), 0, 0)
+    assert written(chain([turned], [Piece(0, Box((12,), (1,), (1,)), 0, 0)], 12)) == written([turned])

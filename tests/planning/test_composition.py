@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 
 from automodel_conv.errors import CoverageError, UnsupportedError
-from automodel_conv.planning.boxes import Box, NotAffine, Piece
-from automodel_conv.planning.copies import Fallback, SourceTable, Target, group_pieces
+from automodel_conv.planning.boxes import Box, NotAffine, Piece, run_of
+from automodel_conv.planning.copies import Fallback, Fill, SourceTable, Target, group_pieces, zero_rows
 from automodel_conv.planning.operations import Operation
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.regions import box
@@ -210,7 +210,7 @@ def test_rows_of_zeros_are_those_of_both_plans():
     inner = plan_of(table(rows=(3, 4)), targets_of(table(rows=(3, 4)), [["rows"]], [HEAD], ["head"]))
     start = addressed(inner.sources)
     assert execute(inner.then(padded), start) == execute(padded, execute(inner, start))
-    assert inner.then(padded).target("padded").zero_rows == 3
+    assert inner.then(padded).target("padded").fills == zero_rows(inner.then(padded).target("padded").shape, 3)
 
 
 @pytest.mark.parametrize(
@@ -231,3 +231,20 @@ def test_inverse_does_not_read_rows_of_zeros():
     plan = padded_plan(2, 5)
     start = addressed(plan.sources)
     assert execute(plan.inverse(), execute(plan, start)) == start
+
+
+def test_constants_keep_their_sign():
+    copies = group_pieces([Piece(0, run_of(2), 0, 0)])
+    turned = group_pieces([Piece(0, run_of(2), 2, 0), Piece(0, run_of(2), 0, 2)])
+    values = {"a": 0.0, "b": -0.0}
+    targets = [
+        Target(name, "F32", (4,), -1, (0,), copies, fills=(Fill(value, (2,), (1,), 2),))
+        for name, value in values.items()
+    ]
+    first = CopyPlan(SourceTable(("s",), ("F32",), ((2,),)), tuple(targets))
+    names = tuple(values)
+    second = CopyPlan(
+        SourceTable(names, ("F32",) * 2, ((4,),) * 2),
+        tuple(Target(name, "F32", (4,), -1, (row,), turned) for row, name in enumerate(names)),
+    )
+    assert [str(fill.value) for target in first.then(second).targets for fill in target.fills] == ["0.0", "-0.0"]

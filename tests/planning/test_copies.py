@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from automodel_conv.planning.boxes import SPAN, Box, Piece
-from automodel_conv.planning.copies import StridedCopy, by_source, group_copies, group_pieces, over_sources
+from automodel_conv.planning.copies import SourceTable, StridedCopy, by_source, group_copies, group_pieces, over_sources
 
 EXPERTS = 8192
 
@@ -79,3 +79,17 @@ def test_piece_that_walks_over_sources_in_two_dimensions_is_a_copy_of_each():
     walk = Piece(0, Box((2, 3, 4), (3 * SPAN, SPAN, 1), (24, 8, 1)), SPAN + 7, 100)
     writes = (100, 108, 116, 124, 132, 140)
     assert by_source(walk) == StridedCopy(Box((4,), (1,), (1,)), (1, 2, 3, 4, 5, 6), (7,) * 6, writes)
+
+
+def test_sources_are_read_as_other_dtypes():
+    sources = SourceTable(["a", "b", "c"], ["F32", "U8", "F32"], [(2, 3), (4, 8), ()])
+    read = sources.read_as({0: "U8", 1: "F32", 2: "I16"})
+    assert (read.dtypes, read.shapes) == (["U8", "F32", "I16"], [(2, 12), (4, 2), (2,)])
+    assert read.stored == {0: ("F32", (2, 3)), 1: ("U8", (4, 8)), 2: ("F32", ())}
+    assert (sources.dtypes, sources.stored) == (["F32", "U8", "F32"], {})
+
+
+def test_sources_that_are_read_as_they_are_stay():
+    sources = SourceTable(["a", "b"], ["F32", "U8"], [(2, 3), (4,)])
+    assert sources.read_as({0: "F32"}) is sources
+    assert sources.read_as({0: "F32", 1: "I16"}).stored == {1: ("U8", (4,))}

@@ -126,5 +126,5 @@ def test_rows_of_zeros_are_shown():
     assert plan.bytes_read == 16
     assert plan.explain("padded").splitlines()[2:] == [
         "  head BF16 [2, 4][0 + 8x1] -> [0 + 8x1]",
-        "  rows of zeros -> [8 + 12x1]",
+        "  constant 0 -> [8 + 12x1]",
     ]

@@ -151,15 +151,15 @@ def test_copies_that_are_no_box_are_proved_piece_by_piece():
     assert after == before[numel // 2 :] + before[: numel // 2]
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", "3", '{"version": 4}', "not json", ""])
+@pytest.mark.parametrize("text", ["{}", "[]", "3", '{"version": 5}', "not json", ""])
 def test_other_text_is_no_plan(text):
     with pytest.raises(UnsupportedError, match="not a plan"):
         CopyPlan.from_json(text)
 
 
 def test_json_of_another_version_is_one_error_with_advice():
-    text = experts_plan().to_json().replace('"version": 4', '"version": 3')
-    with pytest.raises(UnsupportedError, match=r"version 4\n.*version 3\n.*compile the plan again"):
+    text = experts_plan().to_json().replace('"version": 5', '"version": 3')
+    with pytest.raises(UnsupportedError, match=r"version 5\n.*version 3\n.*compile the plan again"):
         CopyPlan.from_json(text)
 
 
@@ -230,6 +230,49 @@ def test_rows_of_zeros_come_back_and_are_proved_again():
     plan = padded_plan()
     assert CopyPlan.from_json(plan.to_json()) == plan
     data = json.loads(plan.to_json())
-    data["targets"][0][-1] = 2
+    data["targets"][0][-1][0][1] = [8]
     with pytest.raises(CoverageError, match="padded"):
+        CopyPlan.from_json(json.dumps(data))
+
+
+def with_other_dtype():
+    """Return a plan that reads 8 bytes as 2 elements."""
+    sources = SourceTable(["a"], ["U8"], [(8,)]).read_as({0: "F32"})
+    copies = group_pieces([Piece(0, Box((2,), (1,), (1,)), 0, 0)])
+    return plan_of(sources, [Target("t", "F32", (2,), -1, (0,), copies)])
+
+
+def test_sources_that_are_read_as_another_dtype_come_back():
+    plan = with_other_dtype()
+    assert CopyPlan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ((0, 0), -1, "more or fewer bytes"),
+        ((0, 0), 1, "more or fewer bytes"),
+        ((0, 1, 0), "F13", "F13"),
+        ((0, 1, 0), "BF16", "more or fewer bytes"),
+        ((0, 1, 1), [7], "more or fewer bytes"),
+        ((0, 1, 1), [9], "more or fewer bytes"),
+        ((0, 1, 1), [-2, -4], "negative size"),
+    ],
+    ids=str,
+)
+def test_what_sources_are_stored_as_in_json_is_checked(path, value, message):
+    data = json.loads(with_other_dtype().to_json())
+    reduce(getitem, path[:-1], data["stored"])[path[-1]] = value
+    with pytest.raises(UnsupportedError, match=message):
+        CopyPlan.from_json(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [(0, "1", "no numbers"), (0, "Infinity", "no numbers"), (1, [-8], "negative size"), (2, [], "differ in length")],
+)
+def test_constants_in_json_are_checked(column, value, message):
+    data = json.loads(padded_plan().to_json())
+    data["targets"][0][-1][0][column] = value
+    with pytest.raises(UnsupportedError, match=message):
         CopyPlan.from_json(json.dumps(data))

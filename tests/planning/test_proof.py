@@ -8,7 +8,7 @@ from hypothesis import given
 
 from automodel_conv.errors import CoverageError
 from automodel_conv.planning.boxes import Box
-from automodel_conv.planning.copies import StridedCopy, Target, group_pieces
+from automodel_conv.planning.copies import Fill, StridedCopy, Target, group_pieces, zero_rows
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.proof import prove
 from tests.planning import oracles
@@ -140,11 +140,28 @@ def test_element_may_be_read_several_times():
     proved(StridedCopy(Box((4,), (0,), (1,)), (1,), (3,), (0,)))
 
 
-@pytest.mark.parametrize("zero_rows", [0, 2, 4, 5, 6, -1])
-def test_rows_of_zeros_are_exactly_those_that_no_copy_fills(zero_rows):
+@pytest.mark.parametrize("rows", [0, 2, 4, 5])
+def test_rows_of_zeros_are_exactly_those_that_no_copy_fills(rows):
     plan = padded_plan(2, 5)
     with pytest.raises(CoverageError, match="padded"):
-        replace(plan, targets=(plan.targets[0]._replace(zero_rows=zero_rows),)).validate()
+        replace(plan, targets=(plan.targets[0]._replace(fills=zero_rows(plan.targets[0].shape, rows)),)).validate()
+
+
+@pytest.mark.parametrize(
+    ("fill", "text"),
+    [
+        (Fill(1, (2,), (3,), 1), "element 1 of t would be written twice\n.*a and the constant 1"),
+        (Fill(1, (2,), (1,), 5), "cannot be proved"),
+        (Fill(1, (2,), (0,), 4), "cannot be proved"),
+        (Fill(1, (1,), (1,), 4), "left partly unwritten"),
+        (Fill(1, (3,), (1,), 4), "cannot be proved"),
+    ],
+)
+def test_constants_are_written_once_and_inside_their_target(fill, text):
+    target = Target("t", "BF16", (6,), -1, (0,), (run(0, 4, 0, 0),), fills=(fill,))
+    with pytest.raises(CoverageError, match=text):
+        prove([target], table(a=(4,)))
+    prove([target._replace(fills=(Fill(1, (2,), (1,), 4),))], table(a=(4,)))
 
 
 def test_copy_into_rows_of_zeros_is_caught():

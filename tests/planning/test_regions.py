@@ -13,7 +13,7 @@ from torch.distributed.tensor import Replicate, Shard
 
 from automodel_conv.dtypes import nbytes
 from automodel_conv.errors import CoverageError, UnsupportedError
-from automodel_conv.planning.copies import Fallback, SourceTable, Target
+from automodel_conv.planning.copies import Fallback, SourceTable, Target, zero_rows
 from automodel_conv.planning.lowering import copies_of, lower
 from automodel_conv.planning.operations import Context, Operation
 from automodel_conv.planning.plan import CopyPlan, plan_of_parts
@@ -69,7 +69,15 @@ def plan_of_case(operations, inputs, context):
     values = lower(operations, leaves, context)
     sources = SourceTable(list(elements), ["I64"] * len(elements), shapes)
     targets = [
-        Target(name, "I64", value.shape, -1, tuple(range(len(elements))), copies_of(value), zero_rows=value.zero_rows)
+        Target(
+            name,
+            "I64",
+            value.shape,
+            -1,
+            tuple(range(len(elements))),
+            copies_of(value),
+            fills=zero_rows(value.shape, value.zero_rows),
+        )
         for name, value in values.items()
     ]
     plan = CopyPlan(sources, tuple(targets))
