@@ -2,7 +2,6 @@
 
 import random
 from math import prod
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,21 +11,16 @@ from automodel_conv.planning.compiler import compile_targets
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.upstream.rules import RuleSet
 from tests.planning import oracles
-from tests.planning.operation_cases import CASES, HEADS, SEEDS, each_operation, lowered
+from tests.planning.operation_cases import CASES, SEEDS, each_operation, lowered
 from tests.planning.oracles import flat
-
-
-class Config(SimpleNamespace):
-    def get_text_config(self):
-        return self
-
-
-def model_with(shapes, **config):
-    """Return the parts of a model that operations use."""
-    return SimpleNamespace(
-        config=Config(num_attention_heads=HEADS, **config),
-        get_parameter=lambda name: torch.empty(shapes[name], device="meta"),
-    )
+from tests.planning.registered_rules import (
+    config_values,
+    example_names,
+    model_with,
+    parameter_shapes,
+    registered_chains,
+    source_shape,
+)
 
 
 def tensor_of(tensor):
@@ -82,53 +76,6 @@ def test_operation_equals_upstream(name, seed):
     assert ours == plain(result)
 
 
-def registered_chains():
-    """Return one rule for each distinct chain of operations of the installed registry."""
-    try:
-        rules = oracles.registry()
-    except ModuleNotFoundError:
-        return []
-    chains = {}
-    for model_type, entry in rules.items():
-        for rule in entry:
-            if hasattr(rule, "operations"):
-                texts = [f"{type(op).__name__}{vars(op)}" for op in rule.operations]
-                key = (*texts, len(rule.source_patterns), len(rule.target_patterns))
-                chains.setdefault(key, (model_type, rule))
-    return [
-        pytest.param(rule, id=f"{model_type}-{'-'.join(type(op).__name__ for op in rule.operations)}")
-        for model_type, rule in chains.values()
-    ]
-
-
-def example_names(rule, count):
-    """Return source names of one target of a rule: ``count`` for each pattern that matches many."""
-    names = []
-    for pattern in rule.source_patterns:
-        glob = pattern.replace(r"\.", ".").replace(".*.", ".*").replace("*.", "*")
-        for i in range(count) if "*" in glob else (0,):
-            regex = next(
-                branch
-                for branch in rule.compiled_sources.pattern.split("|(?P<")
-                if branch.removeprefix("(?P<").startswith(f"g{rule.source_patterns.index(pattern)}>")
-            )
-            regex = regex.removeprefix("(?P<").split(">", 1)[1].removesuffix(")")
-            name = oracles.example(regex, i)
-            names.append(name if regex.startswith("^") else f"model.layers.7.{name.lstrip('.')}")
-    return names
-
-
-def source_shape(rule):
-    """Return a shape that every operation of the chain accepts."""
-    operations = [(type(op).__name__, vars(op)) for op in rule.operations]
-    if operations[0][0] in ("MergeModulelist", "ErnieFuseAndSplitTextVisionExperts"):
-        return (4, 6)
-    dims = [v for _, o in operations for k, v in o.items() if k in ("dim", "dim0", "dim1")]
-    if any(n == "PermuteForRope" for n, _ in operations):
-        return (24, 5)
-    return (24, 12, 8)[: max([2, *(d + 1 for d in dims)])]
-
-
 def plan_values(rule, tensors, model, shapes, reverse=False):
     names = list(tensors)
     table = SourceTable(names, ["I64"] * len(names), [tuple(t.shape) for t in tensors.values()])
@@ -155,23 +102,8 @@ def test_registered_chain_equals_upstream_both_ways(rule, transposed):
     assert len(mapped) == 1, mapped.keys()
     first = next(iter(mapped))
     targets = [first.replace(rule.target_patterns[0], pattern) for pattern in rule.target_patterns]
-    shapes = {target: shape for target in targets}
-    for op in rule.operations:
-        if type(op).__name__ == "Split":
-            others = [shape[op.dim] // 2 // (len(targets) - 1)] * (len(targets) - 1)
-            sizes = [shape[op.dim] - sum(others), *others]
-            for target, size in zip(targets, sizes, strict=True):
-                shapes[target] = (*shape[: op.dim], size, *shape[op.dim + 1 :])
-        if type(op).__name__ == "Transpose" and transposed:
-            stored_transposed = list(shape)
-            stored_transposed[op.dim0], stored_transposed[op.dim1] = shape[op.dim1], shape[op.dim0]
-            shapes = {target: tuple(stored_transposed) for target in targets}
-    config = {
-        op.num_shards_attribute: len(names) for op in rule.operations if getattr(op, "num_shards_attribute", None)
-    }
-    if "Inkling2UnpadVocab" in kinds:
-        shapes = {target: (shape[0] - 5, *shape[1:]) for target in targets}
-        config |= {"vocab_size": shape[0], "unpadded_vocab_size": shape[0] - 5}
+    shapes = parameter_shapes(rule, targets, shape, transposed)
+    config = config_values(rule, names, shape)
     model = model_with(shapes, **config)
     expected = oracles.upstream_values([rule], tensors, model)
     assert plan_values(rule, tensors, model, shapes) == plain(expected)
