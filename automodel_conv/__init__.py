@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from automodel_conv import recipes as recipes  # a module: the others are imported by their own names
-    from automodel_conv.compiling.options import LoadOptions
+    from automodel_conv.compiling.options import LoadOptions, TraceOptions
     from automodel_conv.compiling.planned import compile_plan
     from automodel_conv.conversion_mapping import (
         get_checkpoint_conversion_mapping,
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from automodel_conv.loading import load_model, load_state_dict
     from automodel_conv.planning.plan import CopyPlan
     from automodel_conv.saving import SaveReport, save_checkpoint
+    from automodel_conv.tracing import load_with, trace_loader
     from automodel_conv.verifying import verify_checkpoint
 
 __version__ = "0.1.0"
@@ -51,7 +52,7 @@ _DEFINED_IN = {
         "is_transformers_conversion_available",
         "requires_tensor_merging",
     ),
-    "automodel_conv.compiling.options": ("LoadOptions",),
+    "automodel_conv.compiling.options": ("LoadOptions", "TraceOptions"),
     "automodel_conv.compiling.planned": ("compile_plan",),
     "automodel_conv.converting": ("ConvertReport", "convert_checkpoint"),
     "automodel_conv.errors": (
@@ -74,6 +75,7 @@ _DEFINED_IN = {
     "automodel_conv.loading": ("load_model", "load_state_dict"),
     "automodel_conv.planning.plan": ("CopyPlan",),
     "automodel_conv.saving": ("SaveReport", "save_checkpoint"),
+    "automodel_conv.tracing": ("load_with", "trace_loader"),
     "automodel_conv.verifying": ("verify_checkpoint",),
 }
 """Public names by the module that defines them."""
@@ -93,6 +95,7 @@ __all__ = [
     "RankError",
     "ReadError",
     "SaveReport",
+    "TraceOptions",
     "UnsupportedError",
     "VerificationError",
     "WriteError",
@@ -107,10 +110,12 @@ __all__ = [
     "is_transformers_conversion_available",
     "load_model",
     "load_state_dict",
+    "load_with",
     "open_checkpoint",
     "requires_tensor_merging",
     "revert_state_dict",
     "save_checkpoint",
+    "trace_loader",
     "uninstall",
     "verify_checkpoint",
 ]

@@ -6,9 +6,10 @@ in the docstrings of the functions. ``PlanSettings`` and ``LoadSettings`` have t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
 
@@ -53,7 +54,40 @@ class PlanOptions(TypedDict, total=False):
     models of transformers have with an ``hf_quantizer``. Default: True."""
 
 
-class LoadOptions(PlanOptions, total=False):
+class ReadOptions(TypedDict, total=False):
+    """Keyword arguments of all functions that load."""
+
+    threads: int | None
+    """Number of reader threads, for all devices together. None: chosen by the cores of the machine, which the ranks of
+    this job that run on it share (``LOCAL_WORLD_SIZE``). A load to the host then adds threads while that makes it
+    faster, as it does if threads wait for a network."""
+
+    scratch_bytes: int | None
+    """Bound of the host memory used in addition to the final tensors, in bytes, for all devices together. None: 64 MiB
+    for the CPU, 16 MiB per reader thread of a CUDA device. Scratch for a CUDA device is pinned; torch rounds it up to a
+    power of two and keeps it for the next load."""
+
+    device_scratch_bytes: int | None
+    """Bound of the memory used on each CUDA device in addition to the final tensors, in bytes. None: 256 MiB."""
+
+    memory_budget: int | None
+    """Bound of all memory used in addition to the final tensors, in bytes, on the host and all devices of this rank
+    together. It lowers the defaults of ``scratch_bytes`` and ``device_scratch_bytes`` if necessary. Plans, which are
+    small, are not counted. None: no bound."""
+
+    huge_pages: bool | None
+    """Whether new host memory has huge pages, in tensors of 4 MiB or more (2 MiB each; Linux). None: measure during the
+    load which page size is faster on this machine: huge pages on most, small ones on virtual machines that return
+    their free memory to the host."""
+
+    progress: bool
+    """Show a progress bar in bytes and GB/s. Default: False."""
+
+    revision: str | None
+    """Branch, tag or commit of an ``org/name`` repository on the Hub. None: its default branch."""
+
+
+class LoadOptions(PlanOptions, ReadOptions, total=False):
     """Keyword arguments of ``load_state_dict`` and ``load_model``.
 
     All keys are optional. ``help(load_model)`` describes each of them. Annotate a dict with this class, so that a type
@@ -110,29 +144,6 @@ class LoadOptions(PlanOptions, total=False):
     """Read parts of a DTensor that several ranks hold only once: the first of these ranks reads them, and sends them to
     the others in place. False: each rank reads its own. Default: False."""
 
-    threads: int | None
-    """Number of reader threads, for all devices together. None: chosen by the cores of the machine, which the ranks of
-    this job that run on it share (``LOCAL_WORLD_SIZE``). A load to the host then adds threads while that makes it
-    faster, as it does if threads wait for a network."""
-
-    scratch_bytes: int | None
-    """Bound of the host memory used in addition to the final tensors, in bytes, for all devices together. None: 64 MiB
-    for the CPU, 16 MiB per reader thread of a CUDA device. Scratch for a CUDA device is pinned; torch rounds it up to a
-    power of two and keeps it for the next load."""
-
-    device_scratch_bytes: int | None
-    """Bound of the memory used on each CUDA device in addition to the final tensors, in bytes. None: 256 MiB."""
-
-    memory_budget: int | None
-    """Bound of all memory used in addition to the final tensors, in bytes, on the host and all devices of this rank
-    together. It lowers the defaults of ``scratch_bytes`` and ``device_scratch_bytes`` if necessary. Plans, which are
-    small, are not counted. None: no bound."""
-
-    huge_pages: bool | None
-    """Whether new host memory has huge pages, in tensors of 4 MiB or more (2 MiB each; Linux). None: measure during the
-    load which page size is faster on this machine: huge pages on most, small ones on virtual machines that return
-    their free memory to the host."""
-
     memory_map: bool
     """Map new tensors on the CPU instead of reading them, if a file has exactly their bytes: contiguous, in the right
     dtype, at a multiple of the element size (Linux only). All other tensors are read; ``load_model`` reads into
@@ -141,11 +152,41 @@ class LoadOptions(PlanOptions, total=False):
     while such a tensor exists: a change may show in the tensor, and an access past the new end kills the process
     (SIGBUS). Removing or replacing the file is safe. See docs/performance.md. Default: False."""
 
-    progress: bool
-    """Show a progress bar in bytes and GB/s. Default: False."""
 
-    revision: str | None
-    """Branch, tag or commit of an ``org/name`` repository on the Hub. None: its default branch."""
+class TraceOptions(ReadOptions, total=False):
+    """Keyword arguments of ``load_with``.
+
+    All keys are optional. ``help(load_with)`` describes each of them.
+
+    Example:
+        >>> import torch
+        >>> from safetensors.torch import save_file
+        >>> from tempfile import TemporaryDirectory
+        >>> from automodel_conv import TraceOptions, load_with
+        >>> options: TraceOptions = {"calls": "dict", "threads": 2}
+        >>> with TemporaryDirectory() as directory:
+        ...     save_file({"a": torch.ones(2, 3)}, f"{directory}/model.safetensors")
+        ...     tensors = load_with(lambda given: {"b": given["a"].t()}, directory, **options)
+        >>> tensors["b"].shape
+        torch.Size([3, 2])
+    """
+
+    calls: Literal["pairs", "dict"]
+    """What the loading code is called with: an iterator of pairs of names and tensors, or a dict of tensors by name.
+    Default: "pairs"."""
+
+    device: str | torch.device | None
+    """Device of new tensors. None: that of the tensors that they replace, or the CPU if those are on the meta device.
+    Tensors with data are filled where they are."""
+
+    trace_cache: str | os.PathLike[str] | None
+    """Directory that keeps traces, so that a later load of the same checkpoint, targets and versions does not run the
+    loading code again. It is created if necessary. None: keep none."""
+
+    trace_key: str | None
+    """Text for all that the loading code depends on besides the names, shapes and dtypes of tensors: closures, values
+    of buffers that it reads (such as maps of experts), parallel settings. Without it nothing is kept, because two loads
+    that differ in these would share a trace. A trace that depends on values of the checkpoint is never kept."""
 
 
 @dataclass(frozen=True)
@@ -166,21 +207,14 @@ class PlanSettings:
 
 
 @dataclass(frozen=True)
-class LoadSettings(PlanSettings):
-    """The values of ``LoadOptions``, with the defaults of those that the caller left out."""
+class ReadSettings:
+    """The values of ``ReadOptions``, with the defaults of those that the caller left out."""
 
-    plan: CopyPlan | str | None = None
-    device: str | torch.device | None = None
-    device_map: Mapping[str, str | int | torch.device] | None = None
-    strict: bool = True
-    verify: bool = False
-    broadcast: bool = False
     threads: int | None = None
     scratch_bytes: int | None = None
     device_scratch_bytes: int | None = None
     memory_budget: int | None = None
     huge_pages: bool | None = None
-    memory_map: bool = False
     progress: bool = False
     revision: str | None = None
 
@@ -193,3 +227,26 @@ class LoadSettings(PlanSettings):
     def reader_threads(self) -> int:
         """Number of threads that read before the load itself."""
         return default_reader_threads(cores()) if self.threads is None else self.threads
+
+
+@dataclass(frozen=True)
+class LoadSettings(ReadSettings, PlanSettings):
+    """The values of ``LoadOptions``, with the defaults of those that the caller left out."""
+
+    plan: CopyPlan | str | None = None
+    device: str | torch.device | None = None
+    device_map: Mapping[str, str | int | torch.device] | None = None
+    strict: bool = True
+    verify: bool = False
+    broadcast: bool = False
+    memory_map: bool = False
+
+
+@dataclass(frozen=True)
+class TraceSettings(ReadSettings):
+    """The values of ``TraceOptions``, with the defaults of those that the caller left out."""
+
+    calls: Literal["pairs", "dict"] = "pairs"
+    device: str | torch.device | None = None
+    trace_cache: str | os.PathLike[str] | None = None
+    trace_key: str | None = None

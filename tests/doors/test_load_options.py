@@ -15,11 +15,22 @@ from safetensors.torch import save_file
 from torch import nn
 
 import automodel_conv as amc
-from automodel_conv.compiling.options import LoadOptions, LoadSettings, PlanOptions, PlanSettings
+from automodel_conv.compiling.options import (
+    LoadOptions,
+    LoadSettings,
+    PlanOptions,
+    PlanSettings,
+    TraceOptions,
+    TraceSettings,
+)
 from automodel_conv.doors import key_docs, keyword_options
 
 LOADERS = [amc.load_state_dict, amc.load_model]
-OPTIONS = [(amc.compile_plan, PlanOptions, PlanSettings), *((loader, LoadOptions, LoadSettings) for loader in LOADERS)]
+OPTIONS = [
+    (amc.compile_plan, PlanOptions, PlanSettings),
+    *((loader, LoadOptions, LoadSettings) for loader in LOADERS),
+    (amc.load_with, TraceOptions, TraceSettings),
+]
 IDS = [function.__name__ for function, _, _ in OPTIONS]
 
 

@@ -53,6 +53,13 @@ def test_loaded_model_equals_that_of_the_cpu(dtype, checkpoint, per_expert, devi
     assert all(buffer.device == device for buffer in loaded.buffers())
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tensors_of_loading_code_equal_those_of_the_cpu(layout, checkpoint, per_expert, device):
+    loaded = amc.load_with(lambda tensors: grouped(tensors, layout), checkpoint, calls="dict", **on(device))
+    assert loaded.report.computed == {}
+    assert_same(loaded, grouped(per_expert, layout), device)
+
+
 def test_model_with_memory_is_filled_in_place(checkpoint, per_expert, device):
     loaded = model().to_empty(device=device)
     places = {name: tensor.data_ptr() for name, tensor in loaded.state_dict().items()}
