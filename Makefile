@@ -29,6 +29,12 @@ TESTS_5.23.0 := $(RULE_TESTS)
 IMPORT_TRANSFORMERS = $(sort $(wildcard tests/destinations/test_*.py tests/doors/*/test_*.py) $(filter-out tests/fuzz/% \
 	tests/benchmarks/% tests/docs/% tests/house/% tests/crash_safety/%,$(shell grep -rlwE --include='test_*.py' --exclude-dir=packaging 'transformers|model_zoo' tests)))
 
+# What NeMo AutoModel imports, and some of its models; then other projects whose loading code is traced, with what they
+# import.
+OTHER_LOADERS := einops==0.8.2 pillow==13.0.0 fla-core==0.6.0 flash-linear-attention==0.6.0 \
+	torchtitan==0.3.0 spmd_types==0.2.3 tyro==1.0.17 typeguard==4.6.1 docstring_parser==0.18.0 \
+	megatron-bridge==0.3.1 megatron-core==0.16.1
+
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' automodel_conv/__init__.py)
 
 .PHONY: version test lint types format demo docs docs-serve clean \
@@ -101,7 +107,8 @@ test-triton-%: $(VENV)/triton-%/.installed
 	@PYTHONPATH=$(CURDIR)/$(VENV)/triton-$* $(LEG) "triton $*" $(PYTEST) tests/machine_code tests/kernels tests/gpu
 
 test-nemo-%: $(VENV)/nemo-%/.installed
-	@PYTHONPATH=$(CURDIR)/$(VENV)/nemo-$* $(LEG) "NeMo AutoModel $*" $(PYTEST) tests/integrations/test_nemo.py
+	@PYTHONPATH=$(CURDIR)/$(VENV)/nemo-$* $(LEG) "NeMo AutoModel $* and others" $(PYTEST) $(addprefix tests/integrations/test_, \
+		nemo.py nemo_adapters.py torchtitan.py megatron_bridge.py)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -184,11 +191,10 @@ $(VENV)/triton-%/.installed: $(VENV)/installed
 	@$(LEG) "install triton $*" $(BIN)/python -m pip install -qq --no-deps --target $(@D) triton==$*
 	@touch $@
 
-# NeMo AutoModel imports einops, the only package that this environment lacks.
-$(VENV)/nemo-%/.installed: $(VENV)/installed
+$(VENV)/nemo-%/.installed: $(VENV)/installed Makefile
 	@rm -rf $(@D)
-	@$(LEG) "install NeMo AutoModel $*" \
-		$(BIN)/python -m pip install -qq --no-deps --target $(@D) nemo_automodel==$* einops==0.8.2
+	@$(LEG) "install NeMo AutoModel $* and others" \
+		$(BIN)/python -m pip install -qq --no-deps --target $(@D) nemo_automodel==$* $(OTHER_LOADERS)
 	@touch $@
 
 $(VENV)/atheris-%/.installed: $(VENV)/installed

@@ -31,7 +31,7 @@ from transformers import (
     modeling_utils,
 )
 from transformers.conversion_mapping import _build_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightConverter, build_glob_alternation
+from transformers.core_model_loading import WeightConverter, build_glob_alternation, revert_weight_conversion
 from transformers.models.auto import modeling_auto
 
 from .sizes import (
@@ -120,14 +120,23 @@ def build_model(name: str, *, seed: int = 0, equal: str | None = None) -> PreTra
     Raises:
         LookupError: no model class of the installed transformers contains the key.
     """
-    if name in EXTRAS:
-        model_type, changes = EXTRAS[name]
-        config_class = CONFIG_MAPPING[model_type]
-        model = _instantiate(_heads(config_class)[0], small_config(config_class, equal, **changes))
-    else:
-        model = _build_around(name, equal)
+    model = _build(name, equal)
     fill(model, seed)
     return model.eval()
+
+
+def build_on_meta(name: str, *, equal: str | None = None) -> PreTrainedModel:
+    """Build the model of `build_model` on the meta device."""
+    with torch.device("meta"):
+        return _build(name, equal).eval()
+
+
+def _build(name: str, equal: str | None) -> PreTrainedModel:
+    if name not in EXTRAS:
+        return _build_around(name, equal)
+    model_type, changes = EXTRAS[name]
+    config_class = CONFIG_MAPPING[model_type]
+    return _instantiate(_heads(config_class)[0], small_config(config_class, equal, **changes))
 
 
 def build_published(config: Mapping[str, Any], directory: Path, *, seed: int = 0) -> PreTrainedModel:
@@ -165,11 +174,8 @@ def write_checkpoint(
     state_dict = model.state_dict()
     if max_shard_size is None:
         max_shard_size = sum(t.numel() * t.element_size() for t in state_dict.values()) // 4
-    transposed = TRANSPOSED_ON_DISK.get(model.config.model_type) if original_format else None
-    if transposed is not None:
-        for name in state_dict:
-            if re.search(transposed, name):
-                state_dict[name] = state_dict[name].transpose(1, 2).contiguous()
+    if original_format and is_transposed_on_disk(model):
+        state_dict = published_tensors(model)
         original_format = False
     model.save_pretrained(
         directory,
@@ -177,6 +183,20 @@ def write_checkpoint(
         max_shard_size=max_shard_size,
         save_original_format=original_format,
     )
+
+
+def is_transposed_on_disk(model: PreTrainedModel) -> bool:
+    """Return whether published checkpoints have tensors transposed that `save_pretrained` does not transpose."""
+    return model.config.model_type in TRANSPOSED_ON_DISK
+
+
+def published_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return the tensors of the published checkpoint of a model, without tied ones; also on the meta device."""
+    state_dict = {n: t for n, t in model.state_dict().items() if n not in model.all_tied_weights_keys}
+    if not is_transposed_on_disk(model):
+        return revert_weight_conversion(model, state_dict)
+    transposed = TRANSPOSED_ON_DISK[model.config.model_type]
+    return {n: t.transpose(1, 2).contiguous() if re.search(transposed, n) else t for n, t in state_dict.items()}
 
 
 def save_upstream(model: PreTrainedModel, directory: str | PathLike[str], max_shard_size: int) -> None:

@@ -22,6 +22,8 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
     Mxfp4Config,
+    core_model_loading,
+    modeling_utils,
 )
 from transformers.quantizers import AutoHfQuantizer, HfQuantizer
 
@@ -31,10 +33,12 @@ from automodel_conv.execution.host import load_to_host
 from automodel_conv.planning.methods.method import part_name
 from automodel_conv.planning.sharding import placed
 from automodel_conv.testing import assert_bytes_equal
-from tests.comparing import contents
+from automodel_conv.upstream.registry import model_rules
+from tests.comparing import assert_same_in_order, contents
 from tests.integrations.support import assert_same_model
 from tests.kernels.test_code_tables import rounded
 from tests.model_zoo import build_model, fill, write_checkpoint
+from tests.planning.element_maps import assert_same_target, assert_same_targets
 from tests.quantized.producers import FLOAT4, FLOAT8, INT4, compressed, fine_grained
 
 QUANTIZED = re.compile(r"(proj(_with_mqa)?|w[123])\.weight$")
@@ -228,6 +232,59 @@ def keeping(directory, model_class):
         quantizer.preprocess_model(model=model, device_map=None, dtype=torch.bfloat16, checkpoint_files=None)
     model.hf_quantizer = quantizer
     return model
+
+
+def not_decoded(plan, checkpoint):
+    """Return the targets of a plan that no decoded source fills, by name, with the rows of the checkpoint."""
+    row = {name: row for row, name in enumerate(checkpoint.names)}
+    plain = [target for target in plan.targets if plan.sources.decodes.keys().isdisjoint(target.sources)]
+    return {t.name: t._replace(sources=tuple(row[plan.sources.names[r]] for r in t.sources)) for t in plain}
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_traced_loader_of_transformers_computes_what_is_decoded_and_copies_the_rest(tmp_path, name):
+    if name == "gpt_oss":
+        gpt_oss(tmp_path / "published")
+        model_class, settings = GptOssForCausalLM, {"quantization_config": Mxfp4Config(dequantize=True)}
+    else:
+        model_class, _ = quantized(name, tmp_path / "published")
+        settings = {}
+
+    def load(tensors):
+        config = AutoConfig.from_pretrained(tmp_path / "published")
+        return model_class.from_pretrained(None, config=config, state_dict=tensors, **settings).state_dict()
+
+    checkpoint = amc.open_checkpoint(tmp_path / "published")
+    plan = amc.compile_plan(checkpoint)
+    planned = not_decoded(plan, checkpoint)
+    loaded = amc.load_with(load, tmp_path / "published", calls="dict")
+    assert loaded.report.computed.keys() == {target.name for target in plan.targets} - planned.keys()
+    copied = not_decoded(amc.trace_loader(load, checkpoint, calls="dict"), checkpoint)
+    assert copied.keys() == planned.keys()
+    for key, target in copied.items():
+        assert_same_target(target, planned[key])
+    stock = model_class.from_pretrained(tmp_path / "published", **settings).state_dict()
+    assert_same_in_order(loaded, stock)
+
+
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.17"), reason="its loader has other arguments")
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+def test_traced_loader_of_a_model_that_keeps_codes_copies_what_is_planned(tmp_path, name):
+    model_class, _ = quantized(name, tmp_path)
+    model = keeping(tmp_path, model_class)
+    quantizer = model.hf_quantizer
+
+    def load(tensors):
+        config = modeling_utils.LoadStateDictConfig(
+            dtype=torch.bfloat16,
+            dtype_plan=model._get_dtype_plan(torch.bfloat16),
+            hf_quantizer=quantizer,
+            weight_mapping=model_rules(model, None, quantizer),
+        )
+        core_model_loading.convert_and_load_state_dict_in_model(model, tensors, config)
+
+    trace = amc.trace_loader(load, tmp_path, model, calls="dict")
+    assert_same_targets(trace, amc.compile_plan(tmp_path, keeping(tmp_path, model_class), dequantize=False))
 
 
 @pytest.mark.parametrize("layout", [None, "nemo", "vllm"])
