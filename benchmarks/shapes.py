@@ -82,6 +82,31 @@ DEEPSEEK_V3 = Shape(
     keys=45_395,
     files=163,
 )
+QWEN3_30B = Shape(
+    "Qwen3-30B-A3B",
+    "config.json of Qwen/Qwen3-30B-A3B",
+    "qwen3_moe",
+    {
+        "num_hidden_layers": 48,
+        "num_experts": 128,
+        "hidden_size": 2048,
+        "moe_intermediate_size": 768,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "vocab_size": 151936,
+    },
+    keys=18_867,
+    files=16,
+)
+TWO_LAYERS = Shape(
+    "two layers of Qwen3-30B-A3B",
+    QWEN3_30B.source,
+    "qwen3_moe",
+    {**QWEN3_30B.config, "num_hidden_layers": 2},
+    keys=2 * (128 * 3 + 9) + 3,
+    files=1,
+)
 HALF_A_MILLION = Shape(
     "half a million",
     "no published model: layers of Qwen3-MoE with eight times the experts",

@@ -23,6 +23,7 @@ from benchmarks import (
     saving,
     shapes,
     sharded,
+    tracing,
 )
 
 pytestmark = pytest.mark.skipif(not transformers_available(), reason="benchmarks build transformers models")
@@ -47,6 +48,18 @@ def test_planning_times_every_stage_and_writes_it(tmp_path, capsys):
     [small] = result["results"]
     assert all(len(times) == 2 and min(times) > 0 for times in small["wall_seconds"].values())
     assert set(small["wall_seconds"]) == {"open", "rules", "plan", "upstream open", "upstream plan"}
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_tracing_times_every_stage_of_every_loader(tmp_path, capsys):
+    file = tmp_path / "result.json"
+    tracing.main(["--size", "small", "--repetitions", "2", "--json", str(file), "--directory", str(tmp_path)])
+    assert "microseconds per tensor" in capsys.readouterr().out
+    [small] = json.loads(file.read_text())["results"]
+    assert set(small["seconds"]) == {"engine", "adapter"}
+    for timed in small["seconds"].values():
+        assert set(timed) == {"loader", "trace", "kept"}
+        assert all(len(times) == 2 and min(times) > 0 for times in timed.values())
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 
