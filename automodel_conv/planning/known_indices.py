@@ -60,17 +60,20 @@ def known_indices(
         has_data: returns whether an index has values.
 
     Raises:
-        IndexError: an index is out of bounds, as torch says it.
+        IndexError: an index is out of bounds, or a mask has another length.
     """
     given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
     if len(given) != 1 or not has_data(given[0][1]) or given[0][1].is_floating_point():
         return None
     dim, index = given[0]
+    size = tensor.shape[dim]
     if index.dtype in (torch.bool, torch.uint8):
         if index.dim() != 1:
             return None
+        if len(index) != size:
+            raise IndexError(f"a mask of {len(index)} elements does not fit dimension {dim} with size {size}")
         index = index.nonzero()[:, 0]
-    size, numbers = tensor.shape[dim], index.flatten().tolist()
+    numbers = index.flatten().tolist()
     outside = next((number for number in numbers if not -size <= number < size), None)
     if outside is not None:
         raise IndexError(f"index {outside} is out of bounds for dimension {dim} with size {size}")

@@ -88,3 +88,11 @@ def test_other_indices_stay_as_they_are():
     indices = [torch.tensor([1]), None, torch.empty(2, dtype=torch.bool, device="meta")]
     kept = without_known_masks(indices, has_data)
     assert all(one is other for one, other in zip(kept, indices, strict=True))
+
+
+@pytest.mark.parametrize("length", [0, 2, 7])
+def test_mask_of_another_length_is_an_error_as_in_torch(length):
+    mask = torch.zeros(length, dtype=torch.bool)
+    for take in (lambda: ROWS[mask], lambda: known_indices(ROWS, [mask], has_data)):
+        with pytest.raises(IndexError):
+            take()
