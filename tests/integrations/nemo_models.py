@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-import nemo_automodel
+import pytest
 import torch
+
+nemo_automodel = pytest.importorskip("nemo_automodel", reason="its models are built")
+
 from nemo_automodel._transformers.registry import MODEL_ARCH_MAPPING
 from nemo_automodel.components.models.common import BackendConfig
 from torch import Tensor, nn
