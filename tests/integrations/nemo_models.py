@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
+
+pytest.importorskip("nemo_automodel", reason="its models are built")
+
+import nemo_automodel
 import torch
-
-nemo_automodel = pytest.importorskip("nemo_automodel", reason="its models are built")
-
 from nemo_automodel._transformers.registry import MODEL_ARCH_MAPPING
 from nemo_automodel.components.models.common import BackendConfig
 from torch import Tensor, nn
