@@ -36,6 +36,8 @@ class PartOfLoader(TorchDispatchMode):
         """For storages without data that are one with data for the loading code: that one."""
         self._outdated: set[int] = set()
         """Storages with data whose elements the loading code has changed through a tensor without data."""
+        self._unknown: set[int] = set()
+        """Storages with data some of whose elements come from tensors without data, and are anything."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -48,6 +50,17 @@ class PartOfLoader(TorchDispatchMode):
         self.lacks_data |= key in self._targets
         if key in self._same:
             self._outdated.add(self._same[key])
+        if not tensor.is_meta:
+            self._unknown.add(key)
+
+    def _spread(self, tensors: Sequence[Tensor], mutated: Sequence[Tensor], result: Any, is_unknown: bool) -> None:
+        """Take into account which tensors an operation makes of unknown elements, and which of others."""
+        keys = set(map(key_of, tensors))
+        is_unknown = is_unknown or not keys.isdisjoint(self._unknown)
+        for made in {key_of(tensor) for tensor in tensors_in(result) if not tensor.is_meta} - keys:
+            self._unknown.add(made) if is_unknown else self._unknown.discard(made)
+        for tensor in mutated if is_unknown else ():
+            self.lacks(tensor)
 
     def without_data(self, tensor: Tensor) -> Tensor:
         """Return a tensor without data that shares the memory of a tensor for the loading code."""
@@ -68,10 +81,17 @@ class PartOfLoader(TorchDispatchMode):
         if func in FACTORIES:
             if without or torch.device(kwargs.get("device") or "cpu").type == "meta":
                 kwargs["device"] = torch.device("cpu")
-            return func(*args, **kwargs)
-        if not without or torch.Tag.inplace_view in func.tags:
+            made = func(*args, **kwargs)
+            self._unknown.discard(key_of(made))
+            return made
+        if torch.Tag.inplace_view in func.tags:
             return func(*args, **kwargs)
         mutated = tensors_in(mutated_by(func, args, kwargs))
+        if not without:
+            result = func(*args, **kwargs)
+            if self._unknown:
+                self._spread(tensors, mutated, result, is_unknown=False)
+            return result
         if mutated:
             for tensor in mutated:
                 self.lacks(tensor)
@@ -82,7 +102,9 @@ class PartOfLoader(TorchDispatchMode):
             return func(*args, **kwargs)
         like = next(tensor for tensor in tensors if not tensor.is_meta)
         filled = pytree.tree_map_only(Tensor, lambda tensor: _filled_up(tensor, like), (tuple(args), kwargs))
-        return func(*filled[0], **filled[1])
+        result = func(*filled[0], **filled[1])
+        self._spread(tensors, (), result, is_unknown=True)
+        return result
 
 
 class PartOfFunctions(TorchFunctionMode):

@@ -164,3 +164,34 @@ def test_bytes_of_both_runs_are_counted(tmp_path):
     values, bytes_read = computed_values(load, checkpoint, None, "dict", trace)
     assert bits(values["x"]) == bits(SOURCES["a"] * 2)
     assert bytes_read == SOURCES["a"].nbytes + sum(tensor.nbytes for tensor in SOURCES.values())
+
+
+def test_constants_over_sources_without_data_reach_computed_targets(tmp_path):
+    def load(given):
+        filled = given["a"].clone()
+        filled.fill_(2)
+        padded = filled.new_full((4, 4), 1)
+        padded[:3].copy_(filled)
+        model.first.weight.data.view(-1)[:5].copy_(padded.view(-1)[:5])
+        model.second.weight.data.copy_(given["b"])
+
+    model = Model()
+    old = model.first.weight.detach().clone()
+    computed(tmp_path, load, model)
+    assert bits(model.first.weight) == bits(torch.cat([torch.full((5,), 2.0), old.flatten()[5:]]))
+
+
+def test_elements_of_tensors_without_data_do_not_make_others_unknown(tmp_path):
+    def load(given):
+        for _ in range(3):
+            padded = torch.zeros(4, 4)
+            padded[:3].copy_(given["b"])
+            model.second.weight.data.copy_(padded[:3])
+            del padded
+        seen.append(sorted(name for name, tensor in given.items() if has_data(tensor)))
+        model.first.weight.data.copy_(given["a"] * 2)
+
+    model, seen = Model(), []
+    computed(tmp_path, load, model)
+    assert seen == [[], ["a"]]
+    assert bits(model.first.weight) == bits(SOURCES["a"] * 2)
