@@ -130,6 +130,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "MiMoV2Config": {"moe_layer_freq": [0, 1, 1], "n_routed_experts": 12},
     "Qwen2Config": {"pad_token_id": 0},
+    "Qwen3OmniMoeThinkerConfig": {"pad_token_id": 0},
     "Qwen3_8_FlashNextConfig": {"language_model_only": True},
     "Qwen3_8_FlashNextTextConfig": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
