@@ -1,4 +1,4 @@
-"""The steps around an executor that all loads share: check buffers, fill rows of zeros, run transformers' own code."""
+"""The steps around an executor that all loads share: check buffers, write constants, run transformers' own code."""
 
 from __future__ import annotations
 

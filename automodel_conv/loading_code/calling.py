@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from automodel_conv.errors import UnsupportedError, kind_of, message
 
 Calls: TypeAlias = Literal["pairs", "dict"]
-"""What loading code is called with: pairs of names and tensors, or a dict of tensors by name."""
+"""The argument of loading code: pairs of names and tensors, or a dict of tensors by name."""
 Load: TypeAlias = Callable[[Any], Any]
 Targets: TypeAlias = nn.Module | Mapping[str, Tensor] | None
-"""What loading code fills: a module, or tensors by name; None: it returns tensors."""
+"""The module, or the tensors by name, that loading code fills; None if it returns tensors."""
 
 
 def call(load: Load, given: Iterable[tuple[str, Tensor]], calls: Calls) -> Any:

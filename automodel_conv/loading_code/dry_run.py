@@ -46,7 +46,7 @@ class Traced:
     names: tuple[str, ...]
     """Names of all targets, in the order of the module or of what the code returns."""
     changes: Changes
-    """What it puts into the module or the mapping."""
+    """Tensors that it puts into the module or the mapping, and removes from it."""
     values_read: frozenset[int] = frozenset()
     """Rows of the sources whose values it reads."""
     targets_read: frozenset[str] = frozenset()
@@ -275,7 +275,7 @@ def _seen(
 
 
 _NO_DATA = re.compile(r"\bmeta\b|\bMeta\w*Type\b", re.IGNORECASE)
-"""What errors of torch say about tensors without data."""
+"""Words of torch's errors about tensors without data."""
 
 
 @contextmanager

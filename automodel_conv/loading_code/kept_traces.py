@@ -34,7 +34,7 @@ class _Made(msgspec.Struct):
 
 class _Form(msgspec.Struct):
     digest: str
-    """Of what the trace depends on, as in the name of the file."""
+    """The digest in the name of the file."""
     plan: str
     computed: dict[str, tuple[str, list[int]]]
     names: tuple[str, ...]

@@ -39,7 +39,7 @@ class Write(NamedTuple):
 
     target: View
     source: View | Constant | Computed
-    """What is written: a view of the shape of ``target``, which is copied and cast to its dtype; or something else."""
+    """A view of the shape of ``target``, which is copied and cast to its dtype; a constant; or computed values."""
 
 
 OWN_VALUES = Computed("the loading code makes values itself")
