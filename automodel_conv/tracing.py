@@ -55,9 +55,9 @@ def trace_loader(
 
     Raises:
         CheckpointError: the checkpoint is missing or broken.
-        UnsupportedError: ``targets`` is None, and the code does not return tensors; a target is not a plain tensor; or
-            the code does not run on tensors without data.
-        ConversionError: the code reads values of tensors that are not in the checkpoint.
+        UnsupportedError: ``targets`` is None, and the code does not return tensors; a target is not a plain tensor; the
+            code does not run on tensors without data; it reads values of tensors that are not in the checkpoint; or it
+            puts a tensor of the checkpoint into an attribute.
         Exception: what the code itself raises.
 
     Example:
@@ -81,7 +81,7 @@ def trace_loader(
 @keyword_options(TraceOptions, TraceSettings)
 def load_with(
     load: Callable[[Any], Any],
-    path: str | os.PathLike[str],
+    path: Checkpoint | str | os.PathLike[str],
     targets: nn.Module | Mapping[str, Tensor] | None = None,
     **options: Unpack[TraceOptions],
 ) -> LoadReport | LoadedStateDict:
@@ -93,10 +93,11 @@ def load_with(
 
     Args:
         load: the loading code, such as a model's ``load_weights``, or the ``from_hf`` of an adapter.
-        path: what ``load_model`` takes.
+        path: what ``load_model`` takes, or an open checkpoint whose files are on this machine. The code gets tensors by
+            file, and by their place in it.
         targets: what the code fills: a module, or tensors by name. Tensors with data are filled in place. In a module,
-            those without data, and those that the code replaces, become new ones. Other attributes that the code sets
-            are not kept. None: the code returns tensors.
+            those without data, and those that the code replaces, become new ones; other attributes change as the code
+            changes them. None: the code returns tensors.
         **options: see ``TraceOptions``.
 
     Returns:
@@ -106,10 +107,11 @@ def load_with(
     Raises:
         CheckpointError: the checkpoint is missing or broken. Nothing has been read.
         UnsupportedError: the code does not return tensors although ``targets`` is None; it does not run on tensors
-            without data; it adds a part to a module; a target is not a plain tensor, or in a mapping and on the meta
-            device; or ``memory_budget`` is given and the code computes targets. Nothing has been written.
-        ConversionError: the code reads values, or computes targets, of tensors that are not in the checkpoint; the load
-            does not fit into ``memory_budget``; or ``trace_cache`` cannot be written to.
+            without data; it reads values of tensors that are not in the checkpoint; it adds a part to a module, or puts
+            a tensor of the checkpoint into an attribute; a target is not a plain tensor, or in a mapping and on the
+            meta device; or ``memory_budget`` is given and the code computes targets. Nothing has been written.
+        ConversionError: the code computes targets of tensors that are not in the checkpoint; the load does not fit into
+            ``memory_budget``; or ``trace_cache`` cannot be written to.
         ReadError: reading failed; names the file, the tensor and the targets that are filled already.
         Exception: what the code itself raises.
 
@@ -132,7 +134,10 @@ def load_with(
     settings = TraceSettings(**options)
     device = None if settings.device is None else loadable(settings.device)
     clock = Clock()
-    checkpoint = open_downloaded(path, revision=settings.revision, by_range=True)
+    if isinstance(path, Checkpoint):
+        checkpoint = path
+    else:
+        checkpoint = open_downloaded(path, revision=settings.revision, by_range=True)
     clock.lap("open")
     trace = _kept_or_traced(load, checkpoint, targets, settings)
     _refuse_budget(trace, settings)
@@ -190,8 +195,8 @@ def _kept_or_traced(load: Load, checkpoint: Checkpoint, targets: Targets, settin
     directory = os.fspath(settings.trace_cache)
     sources = SourceTable.from_checkpoint(checkpoint)
     digest = digest_of(load, sources, targets, settings.calls, settings.trace_key)
-    trace = kept_trace(directory, digest)
+    trace = kept_trace(directory, digest, targets)
     if trace is None:
         trace = _traced(load, checkpoint, targets, settings.calls)
-        keep_trace(directory, digest, trace)
+        keep_trace(directory, digest, targets, trace)
     return trace

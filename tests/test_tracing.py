@@ -219,6 +219,14 @@ def old_values_of_targets(targets, given):
     targets["y"].copy_(given["b"])
 
 
+@computed("x")
+def rows_checked_before_they_are_filled(targets, given):
+    for row, source in enumerate((given["a"], given["b"], given["a"])):
+        assert targets["x"][row].isfinite().all()
+        targets["x"][row].copy_(source[row])
+    targets["y"].fill_(2)
+
+
 @computed("x", "y")
 def sums(targets, given):
     targets["x"].add_(given["a"])

@@ -184,9 +184,9 @@ class TraceOptions(ReadOptions, total=False):
     loading code again. It is created if necessary. None: keep none."""
 
     trace_key: str | None
-    """Text for all that the loading code depends on besides the names, shapes and dtypes of tensors: closures, values
-    of buffers that it reads (such as maps of experts), parallel settings. Without it nothing is kept, because two loads
-    that differ in these would share a trace. A trace that depends on values of the checkpoint is never kept."""
+    """Text for all that the loading code depends on besides its targets and the names, shapes and dtypes of the
+    checkpoint: closures, attributes, parallel settings. Without it nothing is kept, because two loads that differ in
+    these would share a trace. A trace that depends on values of the checkpoint is never kept."""
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,7 @@ def _plan(
         target_offset = (int(target_address) - target.data_ptr()) // target.itemsize
         places.append((source, source_offset, target, target_offset))
     unpaired = _views(call.unpaired_geometry.box, *zip(*places, strict=True)) if places else ([], [])
-    by_torch = len(np.unique(call.unpaired.copies))
+    by_torch = len({*map(int, call.unpaired.copies)})
     return PlannedCopies([launches], unpaired, CopyCounts(count - by_torch, by_torch))
 
 

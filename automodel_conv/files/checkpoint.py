@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -52,6 +52,8 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
     """The headers of a checkpoint as columns, with one row per tensor, sorted by file and then by offset.
+
+    In a checkpoint of ``open_files`` the rows are sorted by file and then by name.
 
     Attributes:
         path: absolute path that was opened. For a repository, the path of its local snapshot. For a URL, the URL of the
@@ -185,6 +187,32 @@ def open_downloaded(
     return _open(chosen)
 
 
+def open_files(files: Sequence[tuple[str, str]]) -> Checkpoint:
+    """Open safetensors files on this machine as one checkpoint, without an index.
+
+    Tensors are in the order in which safetensors yields them: by file, and then by name. Loading code may depend on it.
+
+    Args:
+        files: path of each file, and what comes before the names of its tensors. Of tensors with one name the last
+            counts.
+
+    Raises:
+        CheckpointError: a file is missing, unreadable or malformed.
+    """
+    paths = [os.path.abspath(path) for path, _ in files]
+    folder = os.path.dirname(paths[0])
+    chosen = Chosen(folder, folder, paths, None)
+    refuse_absent(absent_files(chosen), chosen, folder)
+    sources = tuple(map(LocalFile, paths))
+    headers = [
+        header._replace(names=[f"{prefix}{name}" for name in header.names]) if prefix else header
+        for header, (_, prefix) in zip(_headers(sources), files, strict=True)
+    ]
+    checkpoint = _merge(chosen, sources, headers)
+    last = checkpoint.position.values()
+    return _with_rows(checkpoint, sorted(last, key=lambda row: (checkpoint.file_ids[row], checkpoint.names[row])))
+
+
 def rows_by_file(checkpoint: Checkpoint) -> list[list[int]]:
     """Return the rows of the tensors of each file."""
     rows: list[list[int]] = [[] for _ in checkpoint.files]
@@ -226,11 +254,14 @@ def _similar_paths(path: str) -> list[str]:
 def _open(chosen: Chosen) -> Checkpoint:
     refuse_absent(absent_files(chosen), chosen, chosen.directory)
     sources = tuple(map(LocalFile, chosen.files))
+    return _merge(chosen, sources, _headers(sources))
+
+
+def _headers(sources: Sequence[ByteSource]) -> list[Header]:
     if len(sources) == 1:  # starting a thread would take as long
-        return _merge(chosen, sources, [read_header(sources[0])])
-    with ThreadPoolExecutor(max_workers=min(_READERS, len(chosen.files))) as pool:
-        headers = list(pool.map(read_header, sources))
-    return _merge(chosen, sources, headers)
+        return [read_header(sources[0])]
+    with ThreadPoolExecutor(max_workers=min(_READERS, len(sources))) as pool:
+        return list(pool.map(read_header, sources))
 
 
 def _open_remote(chosen: Chosen, repository: Repository) -> Checkpoint:
@@ -240,9 +271,7 @@ def _open_remote(chosen: Chosen, repository: Repository) -> Checkpoint:
         guesses[shard] += len(name) + _ENTRY_GUESS
     pages = (-(-guess // PAGE_BYTES) * PAGE_BYTES for guess in guesses.values())  # our own headers fill whole pages
     sources = tuple(map(HubFile, map(repository.url, chosen.shards), pages))
-    with ThreadPoolExecutor(max_workers=min(_READERS, len(sources))) as pool:
-        headers = list(pool.map(read_header, sources))
-    return replace(_merge(chosen, sources, headers), is_remote=True)
+    return replace(_merge(chosen, sources, _headers(sources)), is_remote=True)
 
 
 def _open_by_range(folder: RemoteFolder) -> Checkpoint:
@@ -250,9 +279,7 @@ def _open_by_range(folder: RemoteFolder) -> Checkpoint:
     names, small = fetch_small_files(folder)
     chosen = choose_behind_url(folder.url, folder.name, names, small.folder)
     sources = tuple(folder.file(shard, small) for shard in chosen.shards)
-    with ThreadPoolExecutor(max_workers=min(_READERS, len(sources))) as pool:
-        headers = list(pool.map(read_header, sources))
-    return _merge(chosen, sources, headers)
+    return _merge(chosen, sources, _headers(sources))
 
 
 def _merge(chosen: Chosen, sources: tuple[ByteSource, ...], headers: list[Header]) -> Checkpoint:
@@ -295,6 +322,20 @@ def _merge(chosen: Chosen, sources: tuple[ByteSource, ...], headers: list[Header
         layouts,
         unindexed,
         sources=sources,
+    )
+
+
+def _with_rows(checkpoint: Checkpoint, rows: list[int]) -> Checkpoint:
+    names = take(checkpoint.names, rows)
+    return replace(
+        checkpoint,
+        names=names,
+        dtypes=take(checkpoint.dtypes, rows),
+        shapes=take(checkpoint.shapes, rows),
+        file_ids=take(checkpoint.file_ids, rows),
+        offsets=take(checkpoint.offsets, rows),
+        nbytes=take(checkpoint.nbytes, rows),
+        position=dict(zip(names, range(len(names)), strict=True)),
     )
 
 

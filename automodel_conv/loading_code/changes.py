@@ -1,4 +1,4 @@
-"""Tensors that loading code puts into a module or a mapping, and those that it removes."""
+"""Tensors and attributes that loading code puts into a module or a mapping, and those that it removes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from automodel_conv.loading_code.attributes import AttributeChange
 from automodel_conv.loading_code.calling import Targets
 
 
 @dataclass(frozen=True)
 class Changes:
-    """New, shared and removed tensors."""
+    """New, shared and removed tensors, and changed attributes."""
 
     made: Mapping[str, Tensor] = field(default_factory=dict)
     """Tensors without data that loading code puts in the place of others, adds or returns, by name."""
@@ -22,6 +23,8 @@ class Changes:
     """Names of the buffers among ``made`` that are not in the state dict."""
     removed: Mapping[str, bool] = field(default_factory=dict)
     """Names that it removes; True: it puts None there."""
+    attributes: tuple[AttributeChange, ...] = ()
+    """What it changes in a module besides parameters and buffers."""
 
 
 def changes_of(

@@ -7,14 +7,15 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from automodel_conv.dtypes import torch_dtype
-from automodel_conv.errors import ConversionError, UnsupportedError, message
+from automodel_conv.errors import UnsupportedError, message
+from automodel_conv.loading_code.attributes import changes_in, containers_in
 from automodel_conv.loading_code.calling import Calls, Load, Targets, call, returned
 from automodel_conv.loading_code.changes import Changes, changes_of, is_in_place
 from automodel_conv.loading_code.stand_ins import (
@@ -112,9 +113,10 @@ def _traced(
             rows = sorted(_like(sources, error.rows) - data.keys())
             names = frozenset() if rows else _like_names(own, error.targets)
             if not rows and names <= targets_read:
-                if fills_large:
+                rows = sorted(_like(sources, error.rows_beside) - data.keys())
+                if not rows and fills_large:
                     raise _no_values(error.reason) from None
-                fills_large = True
+                fills_large = fills_large or not rows
             data |= zip(rows, read(rows) if rows else (), strict=True)
             targets_read |= names
             continue
@@ -140,13 +142,15 @@ def _traced(
 class _ReadsValues(Exception):
     """Loading code reads values of sources or targets without data."""
 
-    def __init__(self, reason: str, rows: frozenset[int], targets: frozenset[str]):
+    def __init__(self, reason: str, rows: frozenset[int], targets: frozenset[str], rows_beside: frozenset[int]):
         super().__init__(reason)
         self.reason, self.rows, self.targets = reason, rows, targets
+        self.rows_beside = rows_beside
+        """Rows of the sources of other elements of the same storages: these lose their data all together."""
 
 
-def _no_values(reason: str) -> ConversionError:
-    return ConversionError(
+def _no_values(reason: str) -> UnsupportedError:
+    return UnsupportedError(
         message(
             "the loading code reads values that nothing has",
             expected="values of tensors of the checkpoint, or of targets",
@@ -223,6 +227,7 @@ def _seen(
     read_keys = {key_of(before[name]) for name in targets_read}
     with _in_place_of(targets, read_keys) as replaced:
         own = named_tensors(targets)
+        containers = containers_in(targets) if isinstance(targets, nn.Module) else ()
         forms = {name: tensor.detach() for name, tensor in own.items()}
         keys = {key_of(replaced[id(tensor)]): key_of(tensor) for tensor in own.values() if id(tensor) in replaced}
         with_data = [key_of(tensor) for tensor in given.values() if not tensor.is_meta]
@@ -244,7 +249,7 @@ def _seen(
             names = frozenset(
                 name for name, tensor in own.items() if {trace.keep(tensor).storage, first[name]} & storages
             )
-            raise _ReadsValues(error.reason, read_rows, names) from None
+            raise _ReadsValues(error.reason, read_rows, names, composer.source_rows(storages)) from None
         except (RuntimeError, TypeError, ValueError, BufferError) as error:
             if not _NO_DATA.search(str(error)):
                 raise
@@ -271,7 +276,10 @@ def _seen(
                 everything = frozenset(range(len(given)) if targets is None else ())
                 content = Filled(unknown=Unknown("the loading code writes nothing to it", everything))
             filled[name] = view, content
-        return _Seen(filled, changes_of(targets, own, found, made), first, composer)
+        written = {write.target.storage for write in trace.writes}
+        attributes = changes_in(containers, replaced, trace.has_data, written)
+        changes = replace(changes_of(targets, own, found, made), attributes=attributes)
+        return _Seen(filled, changes, first, composer)
 
 
 _NO_DATA = re.compile(r"\bmeta\b|\bMeta\w*Type\b", re.IGNORECASE)
@@ -280,20 +288,27 @@ _NO_DATA = re.compile(r"\bmeta\b|\bMeta\w*Type\b", re.IGNORECASE)
 
 @contextmanager
 def _in_place_of(targets: Targets, read: Collection[int]) -> Iterator[Mapping[int, Tensor]]:
-    """Make targets ready for loading code, and put everything back; yield what ``with_stand_ins`` yields."""
-    if isinstance(targets, nn.Module):
-        with with_stand_ins(targets, has_data=lambda tensor: key_of(tensor) in read) as replaced:
-            yield replaced
-        return
-    values = [
-        (tensor.detach(), tensor.detach().clone()) for tensor in (targets or {}).values() if key_of(tensor) in read
-    ]
-    with as_before(targets):
-        try:
-            yield {}
-        finally:
-            for tensor, value in values:
-                tensor.copy_(value)
+    """Make targets ready for loading code, and put everything back; yield what ``with_stand_ins`` yields.
+
+    Targets whose values the code reads stay, since it may know them from elsewhere than the module; their values are
+    put back.
+    """
+
+    def is_read(tensor: Tensor) -> bool:
+        return key_of(tensor) in read
+
+    own = named_tensors(targets).values()
+    values = [(tensor.detach(), tensor.detach().clone()) for tensor in own if is_read(tensor)]
+    try:
+        if isinstance(targets, nn.Module):
+            with with_stand_ins(targets, lambda tensor: tensor.is_meta or not is_read(tensor), is_read) as replaced:
+                yield replaced
+        else:
+            with as_before(targets):
+                yield {}
+    finally:
+        for tensor, value in values:
+            tensor.copy_(value)
 
 
 def _leaves(storage: int, first: int, sharing: Mapping[int, int]) -> bool:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Collection
 from uuid import uuid4
 
 import msgspec
@@ -15,10 +16,12 @@ from torch import Tensor, nn
 from automodel_conv.dtypes import dtype_code, torch_dtype
 from automodel_conv.errors import ConversionError, message
 from automodel_conv.files import system
+from automodel_conv.loading_code.attributes import changes_from, text_of
 from automodel_conv.loading_code.calling import Calls, Load, Targets
 from automodel_conv.loading_code.changes import Changes
 from automodel_conv.loading_code.dry_run import Traced
 from automodel_conv.loading_code.stand_ins import named_tensors
+from automodel_conv.loading_code.state import state_digest
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.loader_writes import key_of
 from automodel_conv.planning.origins import Unknown
@@ -45,6 +48,9 @@ class _Form(msgspec.Struct):
     same: tuple[tuple[str, ...], ...]
     unsaved: list[str]
     removed: dict[str, bool]
+    attributes: str
+    read: str
+    """Digest of the values of ``targets_read``."""
 
 
 def digest_of(load: Load, sources: SourceTable, targets: Targets, calls: Calls, key: str) -> str:
@@ -90,8 +96,8 @@ def digest_of(load: Load, sources: SourceTable, targets: Targets, calls: Calls, 
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def kept_trace(directory: str, digest: str) -> Traced | None:
-    """Return a trace that was kept; None if there is none, or it is damaged."""
+def kept_trace(directory: str, digest: str, targets: Targets) -> Traced | None:
+    """Return a trace that was kept; None if there is none, it is damaged, or it depends on other values of targets."""
     check, _, text = (system.read_text(_path(directory, digest)) or "").partition("\n")
     if check != _checksum(text.encode()):
         return None
@@ -100,29 +106,31 @@ def kept_trace(directory: str, digest: str) -> Traced | None:
         plan = CopyPlan.from_json(form.plan)
         computed = {name: Unknown(reason, frozenset(rows)) for name, (reason, rows) in form.computed.items()}
         made = {name: _without_data(one) for name, one in form.made.items()}
-    except (ValueError, RecursionError, TypeError, ConversionError):
+        attributes = changes_from(form.attributes)
+    except (ValueError, SyntaxError, RecursionError, TypeError, ConversionError):
         return None
-    if form.digest != digest:
+    if form.digest != digest or form.read != _digest_of_values(targets, form.targets_read):
         return None
     return Traced(
         plan=plan,
         computed=computed,
         names=form.names,
-        changes=Changes(made, form.same, frozenset(form.unsaved), form.removed),
+        changes=Changes(made, form.same, frozenset(form.unsaved), form.removed, attributes),
         targets_read=form.targets_read,
         needed=form.needed,
         rewritten=form.rewritten,
     )
 
 
-def keep_trace(directory: str, digest: str, trace: Traced) -> None:
-    """Keep a trace, unless it depends on values of the checkpoint, or makes tensors with a class of their own.
+def keep_trace(directory: str, digest: str, targets: Targets, trace: Traced) -> None:
+    """Keep a trace, unless it depends on values of the checkpoint, or makes tensors or attributes of other classes.
 
     Raises:
         ConversionError: the directory cannot be written to.
     """
     has_attributes = any(type(one) not in (Tensor, nn.Parameter) or vars(one) for one in trace.changes.made.values())
-    if trace.values_read or has_attributes:
+    attributes = text_of(trace.changes.attributes)
+    if trace.values_read or has_attributes or attributes is None:
         return
     form = _Form(
         digest,
@@ -144,6 +152,8 @@ def keep_trace(directory: str, digest: str, trace: Traced) -> None:
         trace.changes.same,
         sorted(trace.changes.unsaved),
         dict(trace.changes.removed),
+        attributes,
+        _digest_of_values(targets, trace.targets_read),
     )
     text = msgspec.json.encode(form)
     path = _path(directory, digest)
@@ -164,6 +174,11 @@ def keep_trace(directory: str, digest: str, trace: Traced) -> None:
                 do="choose another {trace_cache}, or leave it out",
             )
         ) from error
+
+
+def _digest_of_values(targets: Targets, names: Collection[str]) -> str:
+    own = named_tensors(targets)
+    return state_digest([own[name].detach() for name in sorted(names)])
 
 
 def _checksum(text: bytes) -> str:

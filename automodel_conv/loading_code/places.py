@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.execution.buffers import allocate
+from automodel_conv.loading_code.attributes import change
 from automodel_conv.loading_code.calling import Targets
 from automodel_conv.loading_code.changes import Changes
 from automodel_conv.loading_code.dry_run import Traced
@@ -71,8 +72,12 @@ def install(
         changes: what the code puts there and removes.
         new: each new tensor, and one of its class and with its attributes, by name.
     """
+    if isinstance(targets, nn.Module):
+        change(targets, changes.attributes)
+    kept_names = {name for group in changes.same for name in group if not all(one in new for one in group)}
     for name, (tensor, like) in new.items():
-        _put(targets, name, in_class_of(like, tensor), name not in changes.unsaved)
+        if name not in kept_names:  # a part that is now another part has the tensors of that one
+            _put(targets, name, in_class_of(like, tensor), name not in changes.unsaved)
     own = named_tensors(targets)
     for group in changes.same:
         if all(name in own for name in group) and any(name in new for name in group):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from automodel_conv.errors import UnsupportedError, message
+from automodel_conv.loading_code.attributes import CONTAINERS, refill, values_of
 
 
 def named_tensors(targets: nn.Module | Mapping[str, Tensor] | None) -> dict[str, Tensor]:
@@ -64,7 +64,7 @@ def as_before(targets: nn.Module | Mapping[str, Tensor] | None, *, memory: bool 
         yield
     finally:
         for container, kept in members:
-            _refill(container, kept)
+            refill(container, kept)
         for tensor, form, requires_grad in forms:
             if not is_same_memory(tensor, form):
                 tensor.data = form
@@ -74,18 +74,12 @@ def as_before(targets: nn.Module | Mapping[str, Tensor] | None, *, memory: bool 
 def _members(values: list[Any], found: dict[int, tuple[Any, Any]]) -> list[tuple[Any, Any]]:
     """Return all containers among values, and in them, each with a copy of it."""
     for value in values:
-        if isinstance(value, (dict, list, set, deque)) and id(value) not in found:
+        if isinstance(value, CONTAINERS) and id(value) not in found:
             found[id(value)] = value, value.copy()
-            _members(list(value.values() if isinstance(value, dict) else value), found)
+            _members(list(values_of(value)), found)
+        elif isinstance(value, tuple):
+            _members(list(value), found)
     return list(found.values())
-
-
-def _refill(container: Any, kept: Any) -> None:
-    container.clear()
-    if isinstance(container, (list, deque)):
-        container.extend(kept)
-    else:
-        container.update(kept)
 
 
 def is_same_memory(tensor: Tensor, form: Tensor) -> bool:
@@ -138,6 +132,7 @@ def with_stand_ins(
                             stand_in = _stand_in(tensor, storages, has_data(tensor))
                             stand_ins[id(tensor)], replaced[id(stand_in)] = stand_in, tensor
                         tensors[leaf] = stand_ins[id(tensor)]  # type: ignore[assignment]
+        for part in module.modules():  # one may have a buffer of another as an attribute
             for name, value in part.__dict__.items():
                 if type(value) is Tensor:
                     part.__dict__[name] = stand_ins.setdefault(id(value), value.detach().clone())

@@ -15,6 +15,8 @@ from torch import Tensor
 
 _INDEXING = frozenset({Tensor.__getitem__, Tensor.__setitem__})
 _MAKERS = frozenset({torch.tensor, torch.as_tensor, torch.asarray, torch.arange, torch.linspace, torch.eye})
+TAKING_VALUES = frozenset({*_INDEXING, *_MAKERS, Tensor.new_tensor, Tensor.to})
+"""The functions whose arguments ``keeping_values`` changes."""
 
 
 def keeping_values(

@@ -171,6 +171,10 @@ class Composer:
                 pending += self._inputs.get(storage, ())
         return found
 
+    def source_rows(self, storages: Iterable[int]) -> frozenset[int]:
+        """Return the rows of the sources among storages."""
+        return frozenset(self._row_of[key] for key in storages if key in self._row_of)
+
     def changed_rows(self, storages: Iterable[int]) -> frozenset[int]:
         """Return the rows of the sources among storages that something is written to."""
         return frozenset(self._row_of[key] for key in storages if key in self._row_of and key in self._inputs)

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from automodel_conv.planning.hidden_data import DEVICES, SET_DATA
 from automodel_conv.planning.loader_trace import LoaderTrace
 from automodel_conv.planning.loader_writes import NeedsValues
-from automodel_conv.planning.own_values import keeping_values
+from automodel_conv.planning.own_values import TAKING_VALUES, keeping_values
 
 _TO_OTHERS = frozenset(
     {
@@ -21,6 +21,7 @@ _TO_OTHERS = frozenset(
 )
 """Functions after which others than torch have the elements."""
 _SETTERS = (SET_DATA, Tensor.set_)
+_WATCHED = frozenset({*_TO_OTHERS, *DEVICES, Tensor.data_ptr, *_SETTERS, *TAKING_VALUES})
 
 
 class ValueReads(TorchFunctionMode):
@@ -38,6 +39,8 @@ class ValueReads(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func not in _WATCHED:
+            return func(*args, **(kwargs or {}))
         if func in _TO_OTHERS:
             if not self._trace.has_data(args[0]):
                 raise NeedsValues(f"Tensor.{func.__name__}", [self._trace.keep(args[0])])

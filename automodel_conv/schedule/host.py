@@ -182,7 +182,8 @@ def _rows_read_twice(reads: Reads, rows: np.ndarray) -> list[int]:
     stop = reads.stop_bytes
     file_start = reads.file * (int(stop.max()) + 1)  # places all files in one long row of bytes
     furthest = np.maximum.accumulate(stop + file_start)
-    return np.unique(rows[1:][(reads.offset_bytes + file_start)[1:] < furthest[:-1]]).tolist()
+    overlapping = rows[1:][(reads.offset_bytes + file_start)[1:] < furthest[:-1]]
+    return sorted({*overlapping.tolist()})  # np.unique imports np.ma, which takes longer than all of a small load
 
 
 def _as_move(read: Read, row: int, checkpoint: Checkpoint) -> Move:

@@ -8,12 +8,13 @@ import threading
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from automodel_conv.errors import CheckpointError, ReadError
 from automodel_conv.execution.reading import read_whole
 from automodel_conv.files import system
-from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
+from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint, open_files
 from automodel_conv.files.staging import STAGING_NAME
 from tests.files.support import TWO, A, content, packed, refused, write_sharded
 
@@ -25,6 +26,21 @@ def test_shards_of_an_index_are_read_in_the_order_of_their_names(tmp_path, given
     assert checkpoint.names == ["x", "z", "y"]
     assert checkpoint.file_ids == [0, 1, 1]
     assert [content(checkpoint, name) for name in "xyz"] == [b"xxx", b"y", b"zz"]
+
+
+def test_files_are_opened_with_the_tensors_in_the_order_of_safetensors(tmp_path):
+    paths = [tmp_path / "z.safetensors", tmp_path / "a.safetensors"]
+    save_file({"b": torch.ones(2, dtype=torch.float32), "c": torch.ones(2), "a": torch.ones(1).half()}, paths[0])
+    save_file({"y": torch.ones(1), "x": torch.ones(1).half(), "c": torch.zeros(2)}, paths[1])
+    given = []
+    for path in paths:
+        with safe_open(path, "pt") as file:
+            given += [(str(path), name) for name in file.keys() if (path, name) != (paths[0], "c")]
+    checkpoint = open_files([(str(path), "") for path in paths])
+    found = [checkpoint.files[file] for file in checkpoint.file_ids]
+    assert [*zip(found, checkpoint.names, strict=True)] == given
+    assert open_checkpoint(paths[0]).names == ["b", "c", "a"]
+    assert read_whole(checkpoint.names.index("c"), checkpoint).tolist() == [0, 0]
 
 
 def test_only_index_is_used_under_any_name(tmp_path):

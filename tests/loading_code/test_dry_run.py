@@ -82,6 +82,23 @@ def test_target_that_is_read_has_its_values():
     assert "saved" in trace.plan.missing
 
 
+def test_target_that_is_read_from_elsewhere_than_the_module_has_its_values():
+    def load(given):
+        seen.append(known.tolist())
+        known.fill_(3)
+        model.saved.add_(1)
+        seen.append(known.tolist())
+
+    seen = []
+    model = Model()
+    known = model.saved
+    trace = trace_of(load, model)
+    assert seen == [[-5.0] * 3, [4.0] * 3]
+    assert trace.targets_read == {"saved"}
+    assert model.saved is known
+    assert known.tolist() == [-5.0] * 3
+
+
 def test_targets_that_are_alike_are_read_at_once():
     def load(given):
         for number in range(2):

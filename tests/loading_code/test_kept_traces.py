@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from automodel_conv import ConversionError, load_with
+from automodel_conv.loading_code.attributes import AttributeChange
 from automodel_conv.loading_code.changes import Changes
 from automodel_conv.loading_code.dry_run import Traced
 from automodel_conv.loading_code.kept_traces import digest_of, keep_trace, kept_trace
@@ -18,6 +19,8 @@ from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.origins import Unknown
 from automodel_conv.planning.plan import CopyPlan
 from tests.loading_code.loads import SOURCES, Model, checkpoint_of, described
+
+TARGETS = {"y": torch.arange(3.0)}
 
 
 class Counted:
@@ -129,8 +132,8 @@ def test_no_unfinished_files_are_left(tmp_path):
 def test_traces_are_kept_at_once_by_many(tmp_path):
     trace = Traced(CopyPlan(SourceTable(["a"], ["F32"], [(2,)]), ()), {}, (), Changes())
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda _: keep_trace(str(tmp_path), "digest", trace), range(64)))
-    assert kept_trace(str(tmp_path), "digest") is not None
+        list(pool.map(lambda _: keep_trace(str(tmp_path), "digest", TARGETS, trace), range(64)))
+    assert kept_trace(str(tmp_path), "digest", TARGETS) is not None
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -231,14 +234,16 @@ class OwnParameter(nn.Parameter):
         {"values_read": frozenset([0])},
         {"changes": Changes({"x": OwnParameter(torch.empty(2, device="meta"))})},
         {"changes": Changes({"x": torch.nn.Buffer(torch.empty(2, device="meta"))})},
+        {"changes": Changes(attributes=(AttributeChange(("",), {"x": torch.ones(2)}),))},
+        {"changes": Changes(attributes=(AttributeChange(("",), {"x": {"y": TARGETS.get}}),))},
     ],
 )
 def test_traces_that_a_file_cannot_hold_are_not_kept(fields, tmp_path):
     trace = Traced(CopyPlan(SourceTable(["a"], ["F32"], [(2,)]), ()), {}, (), Changes())
-    keep_trace(str(tmp_path), "digest", replace(trace, **fields))
-    assert kept_trace(str(tmp_path), "digest") is None
-    keep_trace(str(tmp_path), "digest", trace)
-    assert kept_trace(str(tmp_path), "digest") == trace
+    keep_trace(str(tmp_path), "digest", TARGETS, replace(trace, **fields))
+    assert kept_trace(str(tmp_path), "digest", TARGETS) is None
+    keep_trace(str(tmp_path), "digest", TARGETS, trace)
+    assert kept_trace(str(tmp_path), "digest", TARGETS) == trace
 
 
 def test_all_fields_come_back(tmp_path):
@@ -246,10 +251,34 @@ def test_all_fields_come_back(tmp_path):
         plan=CopyPlan(SourceTable(["a"], ["F32"], [(2,)]), ()),
         computed={"x": Unknown("an operation", frozenset([0, 3]))},
         names=("x", "y"),
-        changes=Changes(same=(("x", "z"),), unsaved=frozenset(["x"]), removed={"w": True, "v": False}),
+        changes=Changes(
+            same=(("x", "z"),),
+            unsaved=frozenset(["x"]),
+            removed={"w": True, "v": False},
+            attributes=(
+                AttributeChange(("first",), {"is_loaded": True, "sizes": [1, {"a": (2.5, None)}]}, ("old",)),
+                AttributeChange(("", "names", 0), {"b", "a"}),
+            ),
+        ),
         targets_read=frozenset(["y"]),
         needed=frozenset(["x", "y"]),
         rewritten=("y",),
     )
-    keep_trace(str(tmp_path), "digest", trace)
-    assert kept_trace(str(tmp_path), "digest") == trace
+    keep_trace(str(tmp_path), "digest", TARGETS, trace)
+    assert kept_trace(str(tmp_path), "digest", TARGETS) == trace
+
+
+def test_trace_of_other_values_of_targets_is_traced_again(tmp_path):
+    def code(pairs):
+        nonlocal calls
+        calls += 1
+        model.first.weight.data.copy_(dict(pairs)["a" if model.saved.sum() > 0 else "b"])
+
+    loaded = []
+    for values in (torch.ones(2), torch.ones(2), -torch.ones(2)):
+        calls, model = 0, Model()
+        model.saved.data = values
+        load_with(code, checkpoint_of(tmp_path), model, trace_cache=tmp_path / "cache", trace_key="key")
+        loaded.append((calls, model.first.weight.tolist()))
+    given = [SOURCES[name].tolist() for name in "aab"]
+    assert loaded == list(zip([2, 0, 2], given, strict=True))
