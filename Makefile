@@ -38,7 +38,7 @@ OTHER_LOADERS := einops==0.8.2 pillow==13.0.0 fla-core==0.6.0 flash-linear-atten
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' automodel_conv/__init__.py)
 
 .PHONY: version test lint types format demo docs docs-serve clean \
-	test-style test-docs test-main test-software-gpu test-packaging test-without-triton test-without-transformers test-notebook test-fuzz test-long \
+	test-style test-docs test-main test-software-gpu test-packaging test-without-triton test-without-transformers test-notebook test-fuzz test-vllm test-long \
 	test-installs release-check release-tree release-notes release-distributions release-audit
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -54,7 +54,7 @@ test-style: $(VENV)/installed
 
 test-main: $(VENV)/installed
 	@$(LEG) "tests" $(PYTEST) -m "not packaging and not long" --doctest-modules --ignore=automodel_conv/kernels \
-		--ignore=tests/docs automodel_conv tests
+		--ignore-glob='automodel_conv/integrations/vllm/[!_]*' --ignore=tests/docs automodel_conv tests
 
 # The site is built strictly, then its links are checked and the code blocks of all pages run.
 test-docs: $(VENV)/installed docs
@@ -91,12 +91,16 @@ test-notebook: $(VENV)/notebook/.installed
 	@PYTHONPATH=$(CURDIR)/$(VENV)/notebook $(LEG) "notebook" $(PYTEST) -n 0 tests/test_notebook.py
 
 # Full test matrices, which take longer than `test`: run them before you merge a change to the code that they test.
-test-long: $(VENV)/installed $(OTHER_TRANSFORMERS:%=test-long-transformers-%)
+test-long: $(VENV)/installed $(OTHER_TRANSFORMERS:%=test-long-transformers-%) test-vllm
 	@$(LEG) "long tests" $(PYTEST) -m long tests
 
 test-long-transformers-%: $(VENV)/transformers-%/.installed
 	@PYTHONPATH=$(CURDIR)/$(VENV)/transformers-$* $(LEG) "long tests, transformers $*" \
 		$(PYTEST) -m "not packaging" $(IMPORT_TRANSFORMERS)
+
+# vLLM's own model classes. Its wheel is for CUDA, but builds and loads models on a CPU; 2 GB on disk.
+test-vllm: $(VENV)/vllm/.installed
+	@PYTHONPATH=$(CURDIR)/$(VENV)/vllm VLLM_TARGET_DEVICE=cpu $(LEG) "vLLM" $(PYTEST) tests/vllm tests/benchmarks/test_vllm.py
 
 # A few seconds for each target, and the planted mistakes.
 test-fuzz: $(VENV)/atheris-3.0.0/.installed
@@ -195,6 +199,11 @@ $(VENV)/nemo-%/.installed: $(VENV)/installed Makefile
 	@rm -rf $(@D)
 	@$(LEG) "install NeMo AutoModel $* and others" \
 		$(BIN)/python -m pip install -qq --no-deps --target $(@D) nemo_automodel==$* $(OTHER_LOADERS)
+	@touch $@
+
+$(VENV)/vllm/.installed: .ci/vllm-packages.txt $(VENV)/installed
+	@rm -rf $(@D)
+	@$(LEG) "install vLLM" $(BIN)/python -m pip install -qq --no-deps --no-compile --target $(@D) -r $<
 	@touch $@
 
 $(VENV)/atheris-%/.installed: $(VENV)/installed

@@ -22,6 +22,7 @@ MODULES = (
     f"{PACKAGE}.conversion_mapping",
     f"{PACKAGE}.integrations.dcp",
     f"{PACKAGE}.integrations.nemo",
+    f"{PACKAGE}.integrations.vllm",
     f"{PACKAGE}.recipes",
     f"{PACKAGE}.testing",
 )

@@ -21,6 +21,8 @@ def main() -> None:
         raise SystemExit(f"imported from {directory}, expected {package_directory}")
     if metadata.version("automodel-conv") == "":
         raise SystemExit("the distribution has no version")
+    if [point.name for point in metadata.entry_points(group="vllm.general_plugins")] != ["automodel_conv"]:
+        raise SystemExit("vLLM does not find the load format")
     for name in kernels:
         importlib.import_module(f"automodel_conv.kernels.{name}")
     with tempfile.TemporaryDirectory() as directory:

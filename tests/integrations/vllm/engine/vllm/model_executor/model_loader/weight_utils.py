@@ -1,0 +1,2 @@
+def _natural_sort_key(path):
+    return path

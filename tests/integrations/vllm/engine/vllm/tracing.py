@@ -1,0 +1,2 @@
+def instrument(span_name):
+    return lambda function: function
