@@ -2,9 +2,9 @@
 
     python -m tests.distributed.starting SUITE WORLD DIRECTORY VARIANT...
 
-SUITE is a module in this folder with ``prepare(directory, world) -> common`` and ``rank(common, variant, directory)``.
-Each variant has its own group, one after the other. The test receives the results that ranks send. A rank that raises
-ends with its traceback, and then all ranks are ended.
+SUITE is a module in this folder, or one of ``tests`` by its whole name. It has ``prepare(directory, world) -> common``
+and ``rank(common, variant, directory)``. Each variant has its own group, one after the other. The test receives the
+results that ranks send. A rank that raises ends with its traceback, and then all ranks are ended.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    module = importlib.import_module(f"tests.distributed.{suite}")
+    module = importlib.import_module(suite if suite.startswith("tests.") else f"tests.distributed.{suite}")
     common = module.prepare(Path(directory), int(world))
     for variant in variants:
         own = Path(directory) / variant
