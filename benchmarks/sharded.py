@@ -257,15 +257,15 @@ def _called_bytes() -> int:
         return int(next(line for line in io if line.startswith("rchar:")).split()[1])
 
 
-def divided(job: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:
-    """Fork a group of processes and return the result of ``job`` on each rank.
+def divided(job: Callable[[], dict[str, Any]], ranks: int = RANKS) -> list[dict[str, Any]]:
+    """Fork a group of ``ranks`` processes and return the result of ``job`` on each rank.
 
     Raises:
         RuntimeError: a rank failed; with the end of its output. The others are ended.
     """
     with tempfile.TemporaryDirectory(prefix="benchmark-ranks-") as directory:
-        ranks = {_fork(job, rank, Path(directory)): rank for rank in range(RANKS)}
-        left, failed = dict(ranks), None
+        left = {_fork(job, rank, ranks, Path(directory)): rank for rank in range(ranks)}
+        failed = None
         while left:
             pid, status = os.wait()
             rank = left.pop(pid)
@@ -275,10 +275,10 @@ def divided(job: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:
                     os.kill(other, 9)
         if failed is not None:
             raise RuntimeError(f"rank {failed} failed:\n{Path(directory, f'{failed}.err').read_text()[-4000:]}")
-        return [measure.read_json(os.path.join(directory, f"{rank}.json")) for rank in range(RANKS)]
+        return [measure.read_json(os.path.join(directory, f"{rank}.json")) for rank in range(ranks)]
 
 
-def _fork(job: Callable[[], dict[str, Any]], rank: int, directory: Path) -> int:
+def _fork(job: Callable[[], dict[str, Any]], rank: int, ranks: int, directory: Path) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -287,8 +287,8 @@ def _fork(job: Callable[[], dict[str, Any]], rank: int, directory: Path) -> int:
         printed = os.open(directory / f"{rank}.err", os.O_WRONLY | os.O_CREAT)
         os.dup2(printed, 1)
         os.dup2(printed, 2)
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}  # transformers reads these
-        dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=RANKS)
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}  # transformers reads these
+        dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=ranks)
         measure.write_json(str(directory / f"{rank}.json"), job())
         dist.barrier()
         code = 0

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from automodel_conv.upstream.registry import transformers_available
-from benchmarks import choices, mapping, measure
+from benchmarks import choices, mapping, measure, vllm
 from benchmarks.peers import tables
 
 pytestmark = pytest.mark.skipif(not transformers_available(), reason="benchmarks build transformers models")
@@ -25,6 +25,7 @@ _REPOSITORY = re.compile("https://github.com/automodel-conv/automodel_conv/(?:bl
         ("docs/performance.md", choices.markdown, "choices-transposed-2-cores.json"),
         ("docs/performance.md", choices.markdown, "choices-cold-2-cores.json"),
         ("docs/performance.md", mapping.markdown, "mapping-2-cores.json"),
+        ("docs/performance.md", vllm.markdown, "vllm-2-cores.json"),
     ],
 )
 def test_table_equals_its_data(page, make, data):
