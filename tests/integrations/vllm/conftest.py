@@ -15,6 +15,7 @@ _OURS = "automodel_conv.integrations.vllm"
 @pytest.fixture
 def vllm(monkeypatch, tmp_path):
     """The package ``vllm``, with the load format registered."""
+    pytest.importorskip("transformers", reason="vLLM requires it")
     with monkeypatch.context() as patched:
         for name in [name for name in sys.modules if name.partition(".")[0] == "vllm" or name.startswith(_OURS)]:
             patched.delitem(sys.modules, name)
