@@ -140,10 +140,10 @@ def _stages(
     trace = traced(load, sources, targets, calls, lambda rows: [])
     if trace.computed or trace.plan.unused_sources:
         raise RuntimeError(f"the plan of {load.__name__} does not use all {len(given)} tensors")
-    keep_trace(directory, digest_of(load, sources, targets, calls, "benchmark"), trace)
+    keep_trace(directory, digest_of(load, sources, targets, calls, "benchmark"), targets, trace)
 
     def kept() -> Any:
-        read = kept_trace(directory, digest_of(load, sources, targets, calls, "benchmark"))
+        read = kept_trace(directory, digest_of(load, sources, targets, calls, "benchmark"), targets)
         if read is None:
             raise RuntimeError(f"the trace of {load.__name__} was not kept")
         return read
