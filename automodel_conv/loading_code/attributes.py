@@ -30,7 +30,7 @@ class AttributeChange:
 
     address: Address
     put: Any
-    """Of a dict the members that are new or other ones, by key; of other containers all members."""
+    """New and changed members of a dict, by key; all members of another container."""
     removed: tuple[Any, ...] = ()
     """Keys that a dict no longer has."""
 

@@ -24,7 +24,7 @@ class Changes:
     removed: Mapping[str, bool] = field(default_factory=dict)
     """Names that it removes; True: it puts None there."""
     attributes: tuple[AttributeChange, ...] = ()
-    """What it changes in a module besides parameters and buffers."""
+    """Changes of the attributes of a module, and of the containers in them."""
 
 
 def changes_of(

@@ -28,7 +28,7 @@ def state_digest(values: Iterable[object], *, skipped: Collection[str] = ()) -> 
     """Return a digest of objects, and of all objects that they refer to.
 
     Of parameters and buffers of modules only class, form and attributes count; of other tensors also the elements. Of
-    functions the names count, and the values that they refer to. Objects of other languages count by their class.
+    functions the names count, and the values that they refer to. Objects without attributes count by their class.
 
     Args:
         values: the objects.

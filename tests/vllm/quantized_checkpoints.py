@@ -49,7 +49,7 @@ class Format:
     ignored_as: str = "ignore"
     """Key of the names of layers that are not quantized."""
     dtype: str = "bfloat16"
-    """What the other tensors are stored in, and the model runs in."""
+    """Dtype of the tensors without codes, and of the model."""
     cache_scales: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Shapes of the scales of the KV cache, by their names in an attention layer."""
     shared: tuple[str, ...] = ()

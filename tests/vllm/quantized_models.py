@@ -159,7 +159,7 @@ def load_by_default(config: VllmConfig, model: nn.Module) -> None:
 
 
 class Planned(NamedTuple):
-    """What a load by a plan reports, and how often it runs the loading code."""
+    """Report of a load by a plan, and the number of times that the loading code ran."""
 
     report: LoadReport
     runs: int

@@ -89,7 +89,7 @@ def test_key_depends_on_the_code_of_the_model(vllm, tmp_path, monkeypatch):
 @pytest.mark.parametrize("is_attribute", [False, True])
 @pytest.mark.parametrize("changed", ["base", "helpers"])
 def test_key_depends_on_the_code_of_the_whole_package(vllm, changed, is_attribute, tmp_path, monkeypatch):
-    """Of the package of a model, or of a quantization method, which is an attribute."""
+    """The code is that of a model's package, or that of a quantization method in an attribute."""
 
     def own_key():
         own = importlib.import_module("own_models.model").Model()
