@@ -27,7 +27,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from tests.model_zoo import SIZES, small_config
 from tests.vllm.engine import engine_config
 
-# What the configs of these architectures have besides the sizes of the model zoo.
+# Values of published configs in addition to the sizes of the model zoo.
 _COMMON: dict[str, Any] = {
     **{name: size for name, size in SIZES.items() if not name.startswith("index_")},
     "moe_top_k": 2,

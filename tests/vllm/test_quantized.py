@@ -60,7 +60,7 @@ COMPUTED = {
     # _try_load_fp8_indexer_wk decodes a matrix, and puts it beside one that is not quantized.
     (checkpoints.deepseek_v32, "fp8 per block"): r"\.indexer\.wk_weights_proj\.weight$",
 }
-"""What vLLM computes, or reads the values of, as patterns of the names of parameters, by case."""
+"""Pattern of the parameters that vLLM computes, or whose values it reads, by case."""
 
 
 def _both(directory, checkpoint, **options):
@@ -77,7 +77,7 @@ UNPROCESSED = {
     (checkpoints.qwen3_moe, "gptq of 8 bits"),
     (checkpoints.deepseek_v4, "fp8 and mxfp4"),
 }
-"""What vLLM processes only for compiled kernels, which are absent here."""
+"""Cases whose processing after the load needs compiled kernels, which are absent here."""
 
 
 @pytest.mark.parametrize("case", CASES, ids=_ids)
