@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from itertools import chain
 from math import prod
 
+from automodel_conv.execution.adding import Additions
 from automodel_conv.execution.reading import OpenFiles
 from automodel_conv.execution.writing import ScratchSplit, SlabProducer, SourceFileProducer, jobs_by_slab
 from automodel_conv.files.checkpoint import Checkpoint
@@ -23,6 +24,7 @@ class FileSlabs:
         places: output file and offset of each target; see ``slab_schedule``.
         decodes: how to decode the quantized tensors of the checkpoint, by row.
         share: the scratch of each thread.
+        additions: deltas that are added to the targets, if any.
 
     Attributes:
         by_file: the slabs by the number of their output file.
@@ -35,6 +37,7 @@ class FileSlabs:
         places: Sequence[tuple[int, int]],
         decodes: Mapping[int, Decode],
         share: ScratchSplit,
+        additions: Additions | None = None,
     ):
         pairs = [pair for pair in zip(targets, places, strict=True) if prod(pair[0].shape)]
         targets, places = [target for target, _ in pairs], [place for _, place in pairs]
@@ -42,6 +45,7 @@ class FileSlabs:
         schedule = slab_schedule(targets, copies, checkpoint, places, decodes, most_bytes=share.slab_bytes)
         self.by_file = schedule.by_file()
         self._checkpoint, self._decodes, self._share = checkpoint, decodes, share
+        self._additions = additions
         self._dtypes = schedule.dtypes
 
     @property
@@ -63,6 +67,6 @@ class FileSlabs:
             return SourceFileProducer(self._checkpoint, files, jobs, self._dtypes, share.slab_bytes, share.input_bytes)
 
         try:
-            yield slabs, start
+            yield slabs, start if self._additions is None else self._additions.added(start)
         finally:
             files.close()

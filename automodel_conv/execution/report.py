@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -47,6 +47,7 @@ class LoadReport:
         bytes_mapped: bytes of the targets that were mapped (``memory_map=True``). They were not read: the system reads
             their pages on the first access.
         computed: targets that ``load_with`` left to the loading code itself, and why, by name.
+        adapted: names of targets that an adapter changed.
         rewritten: names of targets to which loading code writes elements more than once; the last write counts.
 
     Example:
@@ -82,6 +83,7 @@ class LoadReport:
     bytes_mapped: int = 0
     computed: Mapping[str, str] = field(default_factory=dict)
     rewritten: tuple[str, ...] = ()
+    adapted: tuple[str, ...] = ()
 
     @property
     def gb_per_s(self) -> float:
@@ -115,6 +117,7 @@ def load_rows(report: LoadReport) -> list[Row]:
     unindexed = [f"{name} of {file}" for name, file in report.unindexed]
     computed = [f"{name}: {reason}" for name, reason in report.computed.items()]
     rare = [
+        count_row("changed by the adapter", report.adapted),
         count_row("claimed by several sources", several),
         count_row("unindexed", unindexed),
         count_row("computed by the loading code", computed),
@@ -158,6 +161,7 @@ def report_of(
     stats: Mapping[torch.device, LoadStats],
     mapped: Mapping[str, Tensor],
     extra_bytes: int = 0,
+    adapted: Iterable[str] = (),
 ) -> LoadReport:
     """Build the report of a load from its plan, problems, times and statistics by device."""
     return LoadReport(
@@ -177,4 +181,5 @@ def report_of(
         pages=next((one.pages for device, one in stats.items() if device.type == "cpu"), None),
         without_kernels=next((one.without_kernels for one in stats.values() if one.without_kernels), None),
         bytes_mapped=sum(tensor.nbytes for tensor in mapped.values()),
+        adapted=tuple(adapted),
     )

@@ -48,7 +48,10 @@ class SlabProducer(Protocol):
     """Computes the bytes of slabs, in one thread."""
 
     def __call__(self, slab: Slab) -> list[memoryview]:
-        """Return all bytes of a slab in order; the views are valid until the next call."""
+        """Return all bytes of a slab in order; the views are valid until the next call.
+
+        Views of memory that is not the producer's own cannot be written to.
+        """
         ...
 
     def try_copy_range(self, slab: Slab, fd: int) -> bool:
@@ -243,7 +246,7 @@ class HostTensorProducer:
 
     def _bytes(self, row: int) -> memoryview:
         if row not in self._views:
-            self._views[row] = byte_view(self._tensors[row])
+            self._views[row] = byte_view(self._tensors[row]).toreadonly()
         return self._views[row]
 
 
