@@ -5,11 +5,12 @@ Importing this module does not import torch, which the demo would wait for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 from typing import TYPE_CHECKING
 
 from rich.filesize import decimal
+from rich.markup import escape
 from rich.table import Table
 
 from automodel_conv.cli.demo import RUNS
@@ -18,9 +19,10 @@ if TYPE_CHECKING:
     from automodel_conv.cli.bench import Bench
     from automodel_conv.cli.demo import DemoResult
     from automodel_conv.cli.forecast import Forecast
-    from automodel_conv.converting import ConvertReport
     from automodel_conv.execution.report import LoadReport
     from automodel_conv.execution.report_text import Row
+    from automodel_conv.lora.inspecting import AdapterSummary
+    from automodel_conv.publishing.convert_report import ConvertReport
 
 # A smaller share of bytes in the page cache counts as none. A share above 1 minus this counts as all.
 _NEGLIGIBLE_SHARE = 0.1
@@ -36,7 +38,7 @@ def two_columns(caption: str | None = None) -> Table:
 
 def converted_table(report: ConvertReport, verified: bool) -> Table:
     """Return the table of a conversion."""
-    from automodel_conv.converting import converted_rows
+    from automodel_conv.publishing.convert_report import converted_rows
 
     compared = "; the output was read back and compared" if verified else ""
     table = two_columns(f"seconds include imports and planning{compared}")
@@ -47,6 +49,37 @@ def converted_table(report: ConvertReport, verified: bool) -> Table:
 def _add_rows(table: Table, rows: Iterable[Row]) -> None:
     for row in rows:
         table.add_row(row.label, row.value)
+
+
+def adapter_table(summary: AdapterSummary) -> Table:
+    """Return the table of what an adapter changes in its base."""
+    caption = f"{summary.modules} modules, form {summary.form}; * is the number of a layer or an expert"
+    table = Table(caption=caption)
+    table.add_column("weights", overflow="fold")
+    for title in ("layers", "experts", "rank", "scale", "effect"):
+        table.add_column(title, justify="right")
+    for row in summary.rows:
+        table.add_row(
+            escape(row.name.removesuffix(".weight")),
+            _ranges(row.layers, row.base_layers),
+            _ranges(row.experts, row.base_experts),
+            "-" if row.rank is None else str(row.rank),
+            "replaces" if row.scale is None else f"{row.scale:g}",
+            row.problem or "yes",
+        )
+    return table
+
+
+def _ranges(numbers: Sequence[int], of: int) -> str:
+    """Return numbers as ranges, such as "0-3, 7 of 48", or "all 48"; a dash if there are none."""
+    if not numbers:
+        return "-"
+    if len(numbers) == of > 1:
+        return f"all {of}"
+    starts = [number for number in numbers if number - 1 not in numbers]
+    stops = [number for number in numbers if number + 1 not in numbers]
+    ranges = [str(start) if start == stop else f"{start}-{stop}" for start, stop in zip(starts, stops, strict=True)]
+    return ", ".join(ranges) + (f" of {of}" if of else "")
 
 
 def mesh_table(costs: Forecast) -> Table:

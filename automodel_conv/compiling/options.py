@@ -7,7 +7,7 @@ in the docstrings of the functions. ``PlanSettings`` and ``LoadSettings`` have t
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypedDict
 
@@ -16,6 +16,9 @@ import torch
 from automodel_conv.execution.cores import cores, default_reader_threads
 from automodel_conv.execution.filling import Limits
 from automodel_conv.planning.plan import CopyPlan
+
+AdapterArgument = str | os.PathLike[str] | Sequence[tuple[str | os.PathLike[str], float]]
+"""The path of an adapter, or paths and weights of several."""
 
 
 class PlanOptions(TypedDict, total=False):
@@ -116,6 +119,12 @@ class LoadOptions(PlanOptions, ReadOptions, total=False):
     ``rules``, ``layout``, ``source_layout``, ``key_mapping``, ``dtype`` and ``dequantize`` must be left out. Without a
     model, names and ties are those of the plan, and tied names come last. The plan always covers the whole model,
     even if parameters are DTensors. None: plan the load from the headers."""
+
+    adapter: AdapterArgument | None
+    """An adapter (LoRA) to merge while loading: the path of its directory, in any form that ``convert_adapter`` reads,
+    or a list of pairs of such a path and a weight. Each weight ``W`` that it changes becomes ``W + scale * B @ A``,
+    computed in float32 after ``W`` has the dtype of its target, and rounded to that dtype. The report lists these
+    targets as ``adapted``. None: load the checkpoint as it is."""
 
     device: str | torch.device | None
     """The CPU or a CUDA device. ``load_state_dict`` creates all tensors on it, by default on the CPU. ``load_model``
@@ -234,6 +243,7 @@ class LoadSettings(ReadSettings, PlanSettings):
     """The values of ``LoadOptions``, with the defaults of those that the caller left out."""
 
     plan: CopyPlan | str | None = None
+    adapter: AdapterArgument | None = None
     device: str | torch.device | None = None
     device_map: Mapping[str, str | int | torch.device] | None = None
     strict: bool = True

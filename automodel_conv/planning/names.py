@@ -90,9 +90,13 @@ def has_adapters(where: str) -> UnsupportedError:
     """Return the error for tensors of a model with adapters."""
     return UnsupportedError(
         message(
-            "models with PEFT adapters are not supported",
+            "the model has PEFT adapters",
             where=where,
-            do="merge_and_unload() of the PeftModel returns the merged model, which can be saved or filled; "
-            "save_pretrained() writes only the adapter. Load the base model before you add adapters",
+            do=[
+                '{save_checkpoint(..., adapter="merged")} saves the merged model',
+                '{save_checkpoint(..., adapter="only")} saves the adapter alone',
+                "merge_and_unload() of the PeftModel returns the merged model, which can be saved or filled",
+                "load the base model before you add adapters",
+            ],
         )
     )

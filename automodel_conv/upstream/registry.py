@@ -72,6 +72,19 @@ def model_rules(
     )
 
 
+def has_rules_of_type(model: Any) -> bool:
+    """Return whether rules are registered for the type of a model itself, not only for classes or parts of it.
+
+    They are not if it only holds a transformers model, or none.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type is None or not holds_pretrained(model):
+        return False
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    return get_checkpoint_conversion_mapping(model_type) is not None
+
+
 def saving_rules(model: Any, rules: Iterable[Any] | None) -> list[Any]:
     """Return the rules that transformers would reverse to restore checkpoint names, in loading order.
 

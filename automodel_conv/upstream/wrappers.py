@@ -8,7 +8,7 @@ Source: torch 2.13.0, ``_get_fqns`` in ``distributed/checkpoint/state_dict.py``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -37,7 +37,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedError(message("model= is not a model", expected="a torch.nn.Module", found=kind_of(model)))
-    return _unwrapped(model, {})
+    return _unwrapped(model, {}, _inner)
 
 
 def plain_model(model: nn.Module) -> nn.Module:
@@ -80,31 +80,54 @@ def stand_in(module: nn.Module, cls: type, modules: Mapping[str, nn.Module | Non
     return copy
 
 
-def _unwrapped(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
-    """Return ``unwrapped(module)``, with shared modules still shared.
+def without_adapters(model: nn.Module) -> nn.Module:
+    """Return ``unwrapped(model)`` without PEFT's adapters, with the parameters of the base model.
+
+    Source: PEFT 0.21.2, ``PeftModel``, ``BaseTuner``, ``BaseTunerLayer`` and ``ModulesToSaveWrapper``.
+    """
+    return _unwrapped(model, {}, lambda module: _inner(module) or _adapted(module))
+
+
+def _unwrapped(
+    module: nn.Module,
+    done: dict[int, nn.Module],
+    inner_of: Callable[[nn.Module], nn.Module | None],
+) -> nn.Module:
+    """Return a module without wrappers, with shared modules still shared.
 
     Args:
         module: the module.
         done: modules that are unwrapped already, by the id of the original.
+        inner_of: returns the module in a wrapper; None for any other module.
     """
-    while (inner := _inner(module)) is not None:
+    while (inner := inner_of(module)) is not None:
         module = inner
     if id(module) not in done:
         # Compare with None: an empty list of layers is falsy, and a compiled module may have no length.
-        children = {n: None if child is None else _unwrapped(child, done) for n, child in module._modules.items()}
+        children = {
+            n: None if child is None else _unwrapped(child, done, inner_of) for n, child in module._modules.items()
+        }
         same = all(children[name] is child for name, child in module._modules.items())
         done[id(module)] = module if same else stand_in(module, type(module), children)
     return done[id(module)]
 
 
 def _inner(module: nn.Module) -> nn.Module | None:
-    """Return the module in a wrapper; None for any other module."""
+    """Return the module in a wrapper of torch; None for any other module."""
     if isinstance(module, _HOLDS_MODULE):
         return module.module
     if len(module._modules) != 1 or module._parameters or module._buffers:
         return None  # a wrapper has one child and nothing else
     [(name, child)] = module._modules.items()
     return child if name in _INNER else None
+
+
+def _adapted(module: nn.Module) -> nn.Module | None:
+    """Return the module that one of PEFT's wraps; None for any other module."""
+    if not any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__):
+        return None
+    names = ("base_model", "model", "base_layer", "original_module")
+    return next((module._modules[name] for name in names if module._modules.get(name) is not None), None)
 
 
 def _is_adapter(module: nn.Module) -> bool:

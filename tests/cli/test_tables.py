@@ -11,10 +11,11 @@ from automodel_conv.cli import tables
 from automodel_conv.cli.bench import Bench
 from automodel_conv.cli.demo import DemoLoad, DemoResult
 from automodel_conv.cli.forecast import Forecast, RankCost
-from automodel_conv.cli.tables import converted_table, demo_table, mesh_table, report_table, two_columns
-from automodel_conv.converting import ConvertReport
+from automodel_conv.cli.tables import adapter_table, converted_table, demo_table, mesh_table, report_table, two_columns
 from automodel_conv.execution.page_policy import PageUse
 from automodel_conv.execution.report import LoadReport
+from automodel_conv.lora.inspecting import AdapterRow, AdapterSummary
+from automodel_conv.publishing.convert_report import ConvertReport
 
 
 def rows(table):
@@ -201,3 +202,38 @@ def test_bench_shows_each_number_of_threads_with_its_roof():
     assert rows(speeds)["1"] == ["2.00", "1.00", "2.000", "0.50"]
     assert rows(speeds)["2 (default)"] == ["4.00", "3.20", "0.625", "0.80"]
     assert "mostly huge" in caption(speeds)
+
+
+def adapter_row(**values):
+    row = AdapterRow("a.*.b.weight", (0,), (), 4, 0, 2, 1.5, None)
+    return rows(adapter_table(AdapterSummary("adapter", "base", "vllm", 7, (), None, (replace(row, **values),))))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "of", "text"),
+    [
+        ((), 0, "-"),
+        ((3,), 4, "3 of 4"),
+        ((0, 1, 2, 3), 4, "all 4"),
+        ((0,), 1, "0 of 1"),
+        ((0, 1, 2, 5, 7, 8), 16, "0-2, 5, 7-8 of 16"),
+        ((0, 1), 0, "0-1"),
+    ],
+)
+def test_layers_and_experts_of_an_adapter_are_ranges(numbers, of, text):
+    assert adapter_row(layers=numbers, base_layers=of)["a.*.b"] == [text, "-", "2", "1.5", "yes"]
+    assert adapter_row(experts=numbers, base_experts=of)["a.*.b"] == ["0 of 4", text, "2", "1.5", "yes"]
+
+
+def test_weights_that_an_adapter_replaces_have_no_rank():
+    assert adapter_row(rank=None, scale=None)["a.*.b"] == ["0 of 4", "-", "-", "replaces", "yes"]
+
+
+def test_part_of_an_adapter_without_effect_has_its_reason():
+    assert adapter_row(problem="not in the base")["a.*.b"][-1] == "not in the base"
+    assert adapter_row(name="[b]x")["[b]x"] == ["0 of 4", "-", "2", "1.5", "yes"]
+
+
+def test_table_of_an_adapter_states_its_form():
+    table = adapter_table(AdapterSummary("adapter", "base", "vllm", 7, (), None, ()))
+    assert caption(table).startswith("7 modules, form vllm;")

@@ -15,7 +15,6 @@ import pytest
 import transformers
 
 import automodel_conv as amc
-from automodel_conv import converting
 from automodel_conv.errors import ConversionError
 from automodel_conv.files.staging import STAGING_NAME
 from tests.faults import Forks, descriptors, replace_calls, workers
@@ -179,8 +178,6 @@ def use(patch: pytest.MonkeyPatch, module: types.ModuleType, mutated: types.Modu
     """Replace the functions of a module by those of the faulty copy, wherever they are used."""
     own = {name: value for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
     users = [user for name, user in sys.modules.items() if name.startswith("automodel_conv.")]
-    if module is converting:
-        patch.setattr(amc, "convert_checkpoint", mutated.convert_checkpoint)
     for name in filter(own.get, own):
         for user in users:
             if getattr(user, name, None) is own[name]:

@@ -6,10 +6,10 @@ import inspect
 
 import pytest
 
-from automodel_conv import converting
 from automodel_conv.errors import ConversionError
 from automodel_conv.execution import writing
 from automodel_conv.files import final_files, resuming, staging
+from automodel_conv.publishing import conversion_files
 from tests.crash_safety.support import (
     INDEX,
     planted,
@@ -55,7 +55,7 @@ FOUND_BY = {
         {"call": 40},
     ),
     "a source may change": (
-        converting,
+        conversion_files,
         "        if now != state:",
         "        if False:",
         test_source_changed_during_the_run_is_refused_at_its_end,

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 import automodel_conv as amc
-from automodel_conv import converting
 from automodel_conv.errors import DestinationError, VerificationError
 from automodel_conv.execution import writing
 from automodel_conv.files import destination as destination_module
+from automodel_conv.publishing import conversion_files
 from tests.crash_safety.disk import stop
 from tests.crash_safety.support import (
     KINDS,
@@ -74,7 +74,7 @@ def test_save_with_a_power_failure_leaves_nothing_that_loads_and_can_be_repeated
 MUTANTS = {
     "a file is recorded before it is on the disk": (writing, "            system.sync(fd)\n", ""),
     "a file is recorded before it is written": (
-        converting,
+        conversion_files,
         "                if to_write:\n",
         "                if to_write:\n                    place.finish(shard)\n",
     ),

@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import save_file
 
 import automodel_conv as amc
-from automodel_conv import converting
 from automodel_conv.compiling import opening
 from automodel_conv.files import reading_ahead as module
 from automodel_conv.files import system
 from automodel_conv.files.reading_ahead import LEAST_BYTES, read_ahead, reading_ahead
 from automodel_conv.files.source import LocalFile
+from automodel_conv.publishing import conversion_files
 from tests.faults import descriptors, workers
 
 ALL = (0, 1)
@@ -248,7 +248,7 @@ def test_only_loads_that_build_a_model_read_ahead(tmp_path, tried, monkeypatch):
     monkeypatch.setattr(opening, "models_are_imported", lambda: True)
     amc.load_state_dict(tmp_path / "published")
     assert len(tried) == 2
-    assert converting.while_importing is opening.while_importing
+    assert conversion_files.while_importing is opening.while_importing
 
 
 def test_errors_of_planning_are_unchanged(tmp_path, tried):

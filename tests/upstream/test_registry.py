@@ -12,6 +12,7 @@ from transformers import conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from automodel_conv.upstream.registry import (
+    has_rules_of_type,
     holds_pretrained,
     is_pretrained_model,
     key_renamings,
@@ -122,3 +123,16 @@ def test_mapping_of_a_user_becomes_renamings_in_its_order():
 
 def test_only_transformers_models_ignore_names():
     assert without_ignored(torch.nn.Linear(1, 1), ["a"], ["b"]) == (["a"], ["b"])
+
+
+def test_type_has_rules_if_they_are_registered_for_it(mixtral):
+    assert has_rules_of_type(mixtral)
+    assert not has_rules_of_type(build_model("gpt_oss"))
+
+
+@pytest.mark.parametrize("config", [None, {}, "mixtral"], ids=str)
+def test_module_that_is_no_transformers_model_has_no_rules_of_a_type(config):
+    model = nn.Linear(2, 2)
+    assert not has_rules_of_type(model)
+    model.config = config
+    assert not has_rules_of_type(model)

@@ -6,7 +6,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from automodel_conv.errors import UnsupportedError
-from automodel_conv.upstream.wrappers import plain_model, stand_in, unwrapped
+from automodel_conv.upstream.wrappers import plain_model, stand_in, unwrapped, without_adapters
 
 
 class Block(nn.Module):
@@ -89,3 +89,57 @@ def test_parameters_that_are_not_those_of_the_model_are_refused(child, text):
     adapted[1].proj.add_module(child, nn.Linear(2, 3))
     with pytest.raises(UnsupportedError, match=rf"(?s){text}.*1\.proj|1\.proj.*{text}"):
         plain_model(adapted)
+
+
+def adapted(inner, **settings):
+    """Return a model with adapters of PEFT."""
+    peft = pytest.importorskip("peft", reason="makes models of PEFT")
+    return peft.get_peft_model(inner, peft.LoraConfig(r=2, **{"target_modules": ["proj"]} | settings))
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, compiled, nn.DataParallel])
+@pytest.mark.parametrize("settings", [{}, {"modules_to_save": ["1.proj"], "target_modules": ["0.proj"]}], ids=str)
+def test_model_without_adapters_has_its_own_names_and_parameters(wrap, settings):
+    inner = model()
+    before = {name: tensor.data_ptr() for name, tensor in inner.state_dict().items()}
+    plain = without_adapters(wrap(adapted(inner, **settings)))
+    assert {name: tensor.data_ptr() for name, tensor in plain.state_dict().items()} == before
+    assert type(plain) is nn.Sequential
+    assert type(plain[0].proj) is nn.Linear
+
+
+def test_adapted_model_itself_does_not_change():
+    wrapped = adapted(model())
+    names = list(wrapped.state_dict())
+    without_adapters(wrapped)
+    assert list(wrapped.state_dict()) == names
+
+
+def test_adapted_module_that_is_used_twice_is_one_module_afterwards():
+    block = Block()
+    plain = without_adapters(adapted(nn.ModuleList([block, block])))
+    assert plain[0] is plain[1]
+
+
+def test_parameters_that_are_targets_are_those_of_their_module():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Parameter(torch.ones(2, 3, 4)), nn.Parameter(torch.ones(2, 4, 3))
+
+        def forward(self, x):
+            return x @ self.up @ self.down
+
+    inner = nn.Sequential(nn.Module())
+    inner[0].experts = Experts()
+    names = list(inner.state_dict())
+    wrapped = adapted(inner, target_modules=[], target_parameters=["experts.up", "experts.down"])
+    assert list(wrapped.state_dict()) != names
+    plain = without_adapters(wrapped)
+    assert list(plain.state_dict()) == names
+    assert type(plain[0].experts) is Experts
+
+
+def test_model_without_adapters_is_returned_unchanged():
+    inner = model()
+    assert without_adapters(inner) is inner

@@ -10,9 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import automodel_conv as amc
-from automodel_conv import converting
 from automodel_conv.errors import CheckpointError, ConversionError, NameProblems, UnsupportedError, WriteError
 from automodel_conv.files import system
+from automodel_conv.publishing import conversion_files
 from tests.comparing import assert_same, tensors_of
 from tests.doors.converting.support import plain
 
@@ -153,6 +153,6 @@ def test_disk_with_too_little_space_is_refused(saved, tmp_path, monkeypatch):
 
 def test_default_scratch_and_files_are_as_documented(saved, tmp_path):
     report = amc.convert_checkpoint(saved, tmp_path / "out", rules=[])
-    assert report.peak_extra_bytes <= converting.DEFAULT_SCRATCH_BYTES == 256 << 20
+    assert report.peak_extra_bytes <= conversion_files.DEFAULT_SCRATCH_BYTES == 256 << 20
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}

@@ -1,0 +1,311 @@
+"""Write the files of a conversion: resume them, compare them with the source, and make the directory a checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from itertools import chain
+from typing import Any, NamedTuple
+
+from automodel_conv.compiling.opening import while_importing
+from automodel_conv.errors import (
+    DestinationError,
+    ReadError,
+    VerificationError,
+    listing,
+    message,
+)
+from automodel_conv.execution.adding import Additions, merge_bytes
+from automodel_conv.execution.comparing import compare_file
+from automodel_conv.execution.file_slabs import FileSlabs
+from automodel_conv.execution.writing import (
+    LEAST_SCRATCH_BYTES,
+    ScratchSplit,
+    create_shard_file,
+    split_scratch,
+    write_slabs,
+)
+from automodel_conv.files import system
+from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint, open_downloaded
+from automodel_conv.files.companions import companions_of
+from automodel_conv.files.config import CONFIG_NAME, MODELOPT_NAME, plain_config
+from automodel_conv.files.destination import open_destination
+from automodel_conv.files.finished import is_finished
+from automodel_conv.files.remote import is_url, local_path
+from automodel_conv.files.resuming import OPTIONS_KEY, occupied_error
+from automodel_conv.files.shards import index_of, is_checkpoint
+from automodel_conv.files.source import Identity, LocalFile
+from automodel_conv.files.staging import holds_work, remove_leftovers
+from automodel_conv.files.write_errors import no_room_error, write_errors
+from automodel_conv.lora.adapter import Adapter
+from automodel_conv.lora.base import base_of
+from automodel_conv.lora.merging import Merge, plan_merge
+from automodel_conv.progress import bytes_progress
+from automodel_conv.publishing.conversion import DEFAULT_SCRATCH_BYTES, Conversion, check_arguments, compile_conversion
+from automodel_conv.publishing.convert_report import ConvertReport
+from automodel_conv.publishing.save_files import write_checksums
+from automodel_conv.publishing.saved import places_in
+
+
+class Writing(NamedTuple):
+    """The arguments of ``convert_checkpoint`` that say how files are written, not what is in them."""
+
+    resume: bool
+    verify: bool
+    checksums: bool
+    threads: int | None
+    scratch_bytes: int | None
+    progress: bool
+
+
+def convert(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    options: Mapping[str, Any],
+    writing: Writing,
+    adapters: Sequence[Adapter] = (),
+) -> ConvertReport:
+    """Convert a checkpoint, and merge adapters into it.
+
+    Args:
+        source, destination: see ``convert_checkpoint``.
+        options: keyword arguments of ``compile_conversion``, all of them.
+        writing: how to write the files.
+        adapters: the adapters.
+
+    Raises:
+        ConversionError: see ``convert_checkpoint`` and ``merge_adapter``.
+    """
+    began = time.perf_counter()
+    directory = local_path(destination)
+    rules, dequantize = options["rules"], options["dequantize"]
+    check_arguments(*(options[name] for name in ("layout", "source_layout", "dtype", "max_shard_size")))
+    compiled = partial(compile_conversion, **options)
+    _refuse_occupied(source, directory, writing, compiled)
+    opened = open_downloaded(source, companions=True)
+    with while_importing(opened) if rules is None else nullcontext():
+        conversion = compiled(opened)
+    checkpoint, shards = conversion.checkpoint, conversion.shards
+    merge = plan_merge(conversion.plan, adapters, base_of(checkpoint, dequantize)) if adapters else None
+    limits, extra_bytes = _limits(writing, merge)
+    state = _identities(checkpoint, adapters)
+    config = plain_config(checkpoint.directory) if dequantize else None
+    stated = {
+        "source": os.path.abspath(checkpoint.path),
+        **options,
+        "rules": rules if rules is None or rules == [] else "other rules",
+        **({"adapters": [(adapter.path, adapter.weight) for adapter in adapters]} if adapters else {}),
+    }
+    work = {
+        OPTIONS_KEY: {name: repr(value) for name, value in stated.items()},
+        "source files": state,
+        "tensors": _digest(conversion, adapters, merge),
+        "files": [shard.name for shard in shards],
+    }
+    plan = conversion.plan
+    places = places_in(shards, plan.targets)
+    additions = None if merge is None else Additions(plan.targets, places, *merge)
+    file_slabs = FileSlabs(checkpoint, plan.targets, places, plan.sources.decodes, limits, additions)
+    texts = {} if config is None else {CONFIG_NAME: config}
+    companions = _companions(checkpoint, directory, dequantize)
+    copies = {name: os.path.join(checkpoint.directory, *name.split("/")) for name in companions if name not in texts}
+    index = index_of(shards, naming=conversion.naming)
+    index_texts = {} if index is None else {conversion.naming.index_name: index}
+    adapted = () if merge is None else tuple(target.name for target in plan.targets if target.name in merge.blocks)
+    if writing.resume and system.real_path(directory) != system.real_path(checkpoint.directory):
+        if is_finished(directory, shards, texts | index_texts, copies, writing.checksums):
+            _compare_finished(conversion, directory, file_slabs, limits, writing.progress)
+            remove_leftovers(directory)
+            return ConvertReport(
+                files=tuple(shard.name for shard in shards),
+                bytes_written=0,
+                files_resumed=len(shards),
+                carried=conversion.carried,
+                left_out=conversion.left_out,
+                unindexed=checkpoint.unindexed,
+                files_copied=(),
+                seconds=time.perf_counter() - began,
+                peak_extra_bytes=limits.scratch_bytes + extra_bytes,
+                was_complete=True,
+                kept_codes=conversion.kept_codes,
+                adapted=adapted,
+            )
+    with open_destination(
+        directory, shards, work, resume=writing.resume, index_name=conversion.naming.index_name
+    ) as place:
+        unfinished, verify = place.unfinished, writing.verify
+        nbytes = sum(shard.nbytes for shard in shards if shard.name in unfinished)
+        with write_errors(directory):
+            free = system.free_bytes(directory)
+        if free < nbytes:
+            raise no_room_error(directory, nbytes, len(unfinished), free)
+        reads = [(shard.name in unfinished) + (verify and shard.name not in place.verified) for shard in shards]
+        progress_bytes = sum(
+            count * spec.nbytes for shard, count in zip(shards, reads, strict=True) for spec in shard.specs
+        )
+        with bytes_progress(progress_bytes, "merging" if adapters else "converting", writing.progress) as advance:
+            for file, shard in enumerate(shards):
+                to_write, to_verify = shard.name in unfinished, verify and shard.name not in place.verified
+                if to_write:
+                    path = place.path(shard.name)
+                    create_shard_file(shard, path)
+                    with file_slabs.opened(file) as slabs:
+                        write_slabs([slabs], path, limits.threads, advance)
+                if to_verify:
+                    with file_slabs.opened(file) as slabs:
+                        compare_file(slabs, LocalFile(place.finished_path(shard.name)), shard, limits.threads, advance)
+                if to_write or to_verify:
+                    place.finish(shard, verified=verify)
+        now = _identities(checkpoint, adapters)
+        if now != state:
+            raise DestinationError(
+                message(
+                    "the source was changed while it was converted",
+                    where=checkpoint.directory,
+                    found="\n" + listing(name for name in state if now[name] != state[name]),
+                    do="start again with {resume=False}",
+                )
+            )
+        with write_errors(directory):
+            for name, text in texts.items():
+                place.write(name, text)
+            for name, path in copies.items():
+                system.copy_file(path, place.companion_path(name))
+        if writing.checksums:
+            write_checksums(place, shards, limits.threads)
+        place.commit(index)
+    return ConvertReport(
+        files=tuple(shard.name for shard in shards),
+        bytes_written=nbytes,
+        files_resumed=len(shards) - len(unfinished),
+        carried=conversion.carried,
+        left_out=conversion.left_out,
+        unindexed=checkpoint.unindexed,
+        files_copied=companions,
+        seconds=time.perf_counter() - began,
+        peak_extra_bytes=limits.scratch_bytes + extra_bytes,
+        kept_codes=conversion.kept_codes,
+        adapted=adapted,
+    )
+
+
+def _limits(writing: Writing, merge: Merge | None) -> tuple[ScratchSplit, int]:
+    """Return the scratch of the threads, and the bytes that a merge needs besides; both are within the given limit."""
+    scratch = DEFAULT_SCRATCH_BYTES if writing.scratch_bytes is None else writing.scratch_bytes
+    limits = split_scratch(writing.threads, scratch, reads_files=True)
+    if merge is None:
+        return limits, 0
+    extra = merge_bytes(merge.factors, limits.threads)
+    return split_scratch(limits.threads, max(scratch - extra, LEAST_SCRATCH_BYTES), reads_files=True), extra
+
+
+def _refuse_occupied(
+    source: str | os.PathLike[str],
+    directory: str,
+    writing: Writing,
+    compiled: Callable[[Checkpoint], Conversion],
+) -> None:
+    """Refuse a destination that holds another checkpoint before weights of a repository are downloaded.
+
+    Anything else is found once the source is open.
+
+    Args:
+        source: see ``convert_checkpoint``.
+        writing: how to write the files.
+        directory: path of the destination.
+        compiled: returns the conversion of a checkpoint.
+
+    Raises:
+        DestinationError: the destination holds a checkpoint, and it is not the result of this conversion.
+    """
+    name = os.fsdecode(source)
+    if is_url(name) or system.exists(name) or not system.is_directory(directory) or holds_work(directory):
+        return
+    present = [name for name in system.list_names(directory) if is_checkpoint(name)]
+    if not present:
+        return
+    if writing.resume:
+        checkpoint = open_checkpoint(source)
+        if not checkpoint.is_remote:
+            return
+        conversion = compiled(checkpoint)
+        index = index_of(conversion.shards, naming=conversion.naming)
+        texts = {} if index is None else {conversion.naming.index_name: index}
+        if is_finished(directory, conversion.shards, texts, {}, writing.checksums):
+            return
+    raise occupied_error(directory, present)
+
+
+def _identities(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, Identity]:
+    """Return the identity of each file by its path relative to the checkpoint's directory; it changes with the file.
+
+    Files of adapters are included.
+
+    Raises:
+        ReadError: a file does not exist any more.
+    """
+    try:
+        return {
+            os.path.relpath(source.describe(), checkpoint.directory): source.identity()
+            for source in (*checkpoint.sources, *chain.from_iterable(adapter.sources for adapter in adapters))
+        }
+    except OSError as error:
+        raise ReadError(
+            message("cannot get the state of the source files", where=checkpoint.directory, found=error)
+        ) from error
+
+
+def _digest(conversion: Conversion, adapters: Sequence[Adapter], merge: Merge | None) -> str:
+    """Return a digest that is equal for conversions that write the same bytes from the same sources."""
+    parts = [conversion.plan.to_json().encode(), *(shard.header for shard in conversion.shards)]
+    if merge is not None:
+        paths = [os.path.relpath(adapter.path, conversion.checkpoint.directory) for adapter in adapters]
+        parts.append(repr((paths, merge.factors.deltas, merge.blocks)).encode())
+    return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
+
+
+def _companions(checkpoint: Checkpoint, destination: str, dequantize: bool) -> tuple[str, ...]:
+    """Return the files to copy with the weights; none if the source is one file.
+
+    If weights are decoded, the file that describes how to decode them is not among them.
+
+    Raises:
+        ReadError: the directory cannot be listed.
+    """
+    if checkpoint.path.endswith(".safetensors") and system.is_file(checkpoint.path):
+        return ()
+    try:
+        companions = companions_of(checkpoint.directory, destination)
+    except OSError as error:
+        text = message("cannot list the files next to the weights", where=checkpoint.directory, found=error)
+        raise ReadError(text) from error
+    return tuple(name for name in companions if not (dequantize and name == MODELOPT_NAME))
+
+
+def _compare_finished(
+    conversion: Conversion, directory: str, file_slabs: FileSlabs, limits: ScratchSplit, progress: bool
+) -> None:
+    """Compare the files in a directory with those that the conversion produces.
+
+    Raises:
+        DestinationError: they differ.
+    """
+    with bytes_progress(conversion.plan.bytes_written, "verifying", progress) as advance:
+        for file, shard in enumerate(conversion.shards):
+            with file_slabs.opened(file) as slabs:
+                try:
+                    source = LocalFile(os.path.join(directory, shard.name))
+                    compare_file(slabs, source, shard, limits.threads, advance)
+                except VerificationError as error:
+                    raise DestinationError(
+                        message(
+                            "the directory already holds a checkpoint that differs from the result of this conversion",
+                            where=directory,
+                            found=str(error).partition("\n")[0],
+                            do="choose another directory, or remove these files first",
+                        )
+                    ) from error
