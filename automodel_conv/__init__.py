@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from automodel_conv import recipes as recipes  # a module: the others are imported by their own names
+    from automodel_conv.adapters import AdapterReport, convert_adapter, merge_adapter
     from automodel_conv.compiling.options import LoadOptions, TraceOptions
     from automodel_conv.compiling.planned import compile_plan
     from automodel_conv.conversion_mapping import (
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
         is_transformers_conversion_available,
         requires_tensor_merging,
     )
-    from automodel_conv.converting import ConvertReport, convert_checkpoint
+    from automodel_conv.converting import convert_checkpoint
     from automodel_conv.errors import (
         CheckpointError,
         ConversionError,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from automodel_conv.integrations.transformers import accelerate_transformers, install, uninstall
     from automodel_conv.loading import load_model, load_state_dict
     from automodel_conv.planning.plan import CopyPlan
+    from automodel_conv.publishing.convert_report import ConvertReport
     from automodel_conv.saving import SaveReport, save_checkpoint
     from automodel_conv.tracing import load_with, trace_loader
     from automodel_conv.verifying import verify_checkpoint
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _DEFINED_IN = {
+    "automodel_conv.adapters": ("AdapterReport", "convert_adapter", "merge_adapter"),
     "automodel_conv.conversion_mapping": (
         "get_checkpoint_conversion_mapping",
         "get_combined_key_mapping",
@@ -54,7 +57,7 @@ _DEFINED_IN = {
     ),
     "automodel_conv.compiling.options": ("LoadOptions", "TraceOptions"),
     "automodel_conv.compiling.planned": ("compile_plan",),
-    "automodel_conv.converting": ("ConvertReport", "convert_checkpoint"),
+    "automodel_conv.converting": ("convert_checkpoint",),
     "automodel_conv.errors": (
         "CheckpointError",
         "ConversionError",
@@ -74,6 +77,7 @@ _DEFINED_IN = {
     "automodel_conv.integrations.transformers": ("accelerate_transformers", "install", "uninstall"),
     "automodel_conv.loading": ("load_model", "load_state_dict"),
     "automodel_conv.planning.plan": ("CopyPlan",),
+    "automodel_conv.publishing.convert_report": ("ConvertReport",),
     "automodel_conv.saving": ("SaveReport", "save_checkpoint"),
     "automodel_conv.tracing": ("load_with", "trace_loader"),
     "automodel_conv.verifying": ("verify_checkpoint",),
@@ -81,6 +85,7 @@ _DEFINED_IN = {
 """Public names by the module that defines them."""
 
 __all__ = [
+    "AdapterReport",
     "Checkpoint",
     "CheckpointError",
     "ConversionError",
@@ -101,6 +106,7 @@ __all__ = [
     "WriteError",
     "accelerate_transformers",
     "compile_plan",
+    "convert_adapter",
     "convert_checkpoint",
     "convert_state_dict",
     "get_checkpoint_conversion_mapping",
@@ -111,6 +117,7 @@ __all__ = [
     "load_model",
     "load_state_dict",
     "load_with",
+    "merge_adapter",
     "open_checkpoint",
     "requires_tensor_merging",
     "revert_state_dict",

@@ -20,10 +20,12 @@ from automodel_conv.distributed.collectives import all_or_raise, groups_of, send
 from automodel_conv.distributed.placements import all_as_distributed, meshes_of
 from automodel_conv.distributed.replicas import targets_to_read
 from automodel_conv.doors import door, keyword_options
+from automodel_conv.execution.adding import add_to_tensors, merge_bytes
 from automodel_conv.execution.checksums import verify_checksums
 from automodel_conv.execution.filling import fill, limits_in_budget
 from automodel_conv.execution.mapping import map_targets, mapped_or_new, without_targets
 from automodel_conv.execution.report import Clock, LoadedStateDict, LoadReport, report_of
+from automodel_conv.lora.merging import merge_of_load
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.upstream.wrappers import plain_model
 
@@ -102,6 +104,7 @@ def load_state_dict(
         if device_map is not None:
             device_map.check([target.name for target in plan.targets], model_state, model, strict=settings.strict)
         own_plan = plan.shard(regions_of(state, plan))
+        merge = merge_of_load(checkpoint, plan, own_plan, model, settings)
         if settings.verify:
             verify_checksums(checkpoint, settings.reader_threads)
         devices = devices_of_new(own_plan.targets, state, device_of)
@@ -109,15 +112,22 @@ def load_state_dict(
         mapped = map_targets(read_plan, checkpoint, devices) if settings.memory_map else {}
         buffers = mapped_or_new(own_plan.targets, mapped, devices)
         clock.lap("plan")
-        limits = limits_in_budget(settings.memory_budget, settings.limits, without_targets(own_plan, mapped), buffers)
+        extra_bytes = 0 if merge is None else merge_bytes(merge.factors, settings.reader_threads)
+        to_fill = without_targets(own_plan, mapped)
+        limits = limits_in_budget(settings.memory_budget, settings.limits, to_fill, buffers, extra_bytes)
         stats = fill(without_targets(read_plan, mapped), checkpoint, buffers, limits, progress=settings.progress)
         clock.lap("read")
     send_replicas([state[name] for name in shared_names], [buffers[name] for name in shared_names])
+    if merge is not None:
+        with all_or_raise(groups, "merging the adapter"):
+            add_to_tensors(buffers, *merge, settings.reader_threads)
+            clock.lap("read")
     with all_or_raise(groups, "comparing tied tensors"):
         unequal_here = unequal_ties(buffers, plan.tied)
     unequal = union_over_ranks(groups, unequal_here, "comparing tied tensors")
     loaded = LoadedStateDict(in_order(all_as_distributed(with_tied(buffers, plan.tied, unequal), state), model_state))
-    loaded.report = report_of(checkpoint, plan, problems, clock, stats, mapped)
+    adapted = () if merge is None else merge.blocks
+    loaded.report = report_of(checkpoint, plan, problems, clock, stats, mapped, extra_bytes, adapted)
     loaded.layout = plan.layout
     return loaded
 
@@ -201,11 +211,13 @@ def load_model(model: nn.Module, path: str | os.PathLike[str], **options: Unpack
             return map_targets(read_plan, checkpoint, devices) if settings.memory_map else {}
 
         model_tensors = ModelTensors.prepare(model, state, plan, settings.strict, device_of, map_new)
+        merge = merge_of_load(checkpoint, plan, model_tensors.plan, model, settings)
         clock.lap("plan")
         to_fill = without_targets(model_tensors.plan, model_tensors.mapped)
-        limits = limits_in_budget(
-            settings.memory_budget, settings.limits, to_fill, model_tensors.buffers, model_tensors.extra_bytes
+        extra_bytes = model_tensors.extra_bytes + (
+            0 if merge is None else merge_bytes(merge.factors, settings.reader_threads)
         )
+        limits = limits_in_budget(settings.memory_budget, settings.limits, to_fill, model_tensors.buffers, extra_bytes)
         read_plan, shared_names = targets_to_read(model_tensors.plan, state, settings.broadcast)
         stats = fill(
             without_targets(read_plan, model_tensors.mapped),
@@ -216,6 +228,10 @@ def load_model(model: nn.Module, path: str | os.PathLike[str], **options: Unpack
         )
         clock.lap("read")
     send_replicas([state[name] for name in shared_names], [model_tensors.buffers[name] for name in shared_names])
+    if merge is not None:
+        with all_or_raise(groups, "merging the adapter"):
+            add_to_tensors(model_tensors.buffers, *merge, settings.reader_threads)
+            clock.lap("read")
     with all_or_raise(groups, "comparing tied tensors"):
         unequal_here = model_tensors.unequal()
     unequal = union_over_ranks(groups, unequal_here, "comparing tied tensors")
@@ -224,4 +240,5 @@ def load_model(model: nn.Module, path: str | os.PathLike[str], **options: Unpack
         finish(model, model_tensors.buffers, problems.missing, device_of)
     if device_map is not None:
         move_buffers(model, device_of)
-    return report_of(checkpoint, plan, problems, clock, stats, model_tensors.mapped, model_tensors.extra_bytes)
+    adapted = () if merge is None else merge.blocks
+    return report_of(checkpoint, plan, problems, clock, stats, model_tensors.mapped, extra_bytes, adapted)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,8 @@ from automodel_conv.distributed.placements import local_of, meshes_of
 from automodel_conv.doors import door
 from automodel_conv.dtypes import dtype_code
 from automodel_conv.errors import UnsupportedError, kind_of, message
+from automodel_conv.execution.adding import Additions, merge_bytes
+from automodel_conv.execution.factors import KEPT_BYTES
 from automodel_conv.execution.report_text import Row, cost_rows, count_row, memory_row, text_of
 from automodel_conv.execution.tensor_slabs import LocalTensor, tensor_slabs
 from automodel_conv.execution.writing import split_scratch, write_slabs
@@ -30,8 +32,14 @@ from automodel_conv.files.checkpoint import open_checkpoint, open_downloaded
 from automodel_conv.files.destination import open_destination
 from automodel_conv.files.remote import local_path
 from automodel_conv.files.staging import staged_path
+from automodel_conv.lora.adapter import Adapter
+from automodel_conv.lora.forms import PER_EXPERT, TRANSFORMERS
+from automodel_conv.lora.merging import plan_merge
+from automodel_conv.lora.peft_models import base_and_adapters, base_in_memory, published_base
+from automodel_conv.lora.writing import write_reformed
 from automodel_conv.planning.kept_codes import refuse_codes_without_scales
 from automodel_conv.planning.names import plain_tensors
+from automodel_conv.planning.quantization import arranged_plan
 from automodel_conv.planning.sharding import region_of
 from automodel_conv.progress import bytes_progress
 from automodel_conv.publishing.carrying import carried_from
@@ -111,6 +119,7 @@ def save_checkpoint(
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
     checksums: bool = False,
+    adapter: str | None = None,
     threads: int | None = None,
     scratch_bytes: int | None = None,
     progress: bool = False,
@@ -151,6 +160,11 @@ def save_checkpoint(
         max_shard_size: bound of the tensor data in a file, in bytes or as in "5GB". Not used with ``reference``.
         checksums: write a checksum of each tensor next to the index, for ``verify=True`` of the loaders and for
             ``verify`` of the command line. This reads the files once more.
+        adapter: what to save of a model that PEFT has put adapters (LoRA) into, or of a transformers model with
+            adapters. "merged": the merged model, each weight as ``W + scale * B @ A``, computed in float32 and rounded
+            once; the model itself does not change. "only": the adapter alone, in the form "per_expert" of
+            ``convert_adapter``. "fused": the adapter alone, in the form "transformers", as PEFT loads it. The active
+            adapter is saved; several are merged together. None: it is an error if the model has adapters.
         threads: number of threads that copy and write. None: the number of cores, at most 16.
         scratch_bytes: bound of the memory used in addition to the tensors, in bytes. None: 64 MiB.
         progress: show a progress bar in bytes and GB/s.
@@ -165,7 +179,8 @@ def save_checkpoint(
             model's config states (in a state dict, than the router has rows), as the tensors of one rank of manual
             expert parallelism do; or the ranks do not hold all of a DTensor, or divide it in different ways.
         UnsupportedError: the tensors cannot be saved: they are offloaded, quantized by transformers, or lazily
-            conjugated or negated, or the model has PEFT adapters or flat FSDP1 parameters; or extra state is not a
+            conjugated or negated, or the model has PEFT adapters and ``adapter`` is None, or it has flat FSDP1
+            parameters; or extra state is not a
             tensor; or grouped experts have names that the rules do not match; or ``carry`` has other experts, or the
             same ones in a form that the rules do not read; or codes would be separated from their scales.
         DestinationError: the directory holds a checkpoint already, or another process writes to it.
@@ -187,7 +202,14 @@ def save_checkpoint(
     """
     began = time.perf_counter()
     rules = None if rules is None else list(rules)
-    model = plain_model(model_or_state_dict) if isinstance(model_or_state_dict, nn.Module) else None
+    adapters: tuple[Adapter, ...] = ()
+    if adapter is not None:
+        form = _form_of(adapter)
+        model, adapters = base_and_adapters(model_or_state_dict)
+        if form is not None:
+            return _save_adapter(model, adapters, local_path(directory), form, progress, began)
+    else:
+        model = plain_model(model_or_state_dict) if isinstance(model_or_state_dict, nn.Module) else None
     state = model.state_dict() if model is not None else model_or_state_dict
     if not isinstance(state, Mapping):
         raise UnsupportedError(message("neither a model nor a state dict", found=kind_of(state)))
@@ -209,6 +231,10 @@ def save_checkpoint(
         opened = None if reference is None else open_checkpoint(reference)
         plan = saving_plan(state_table(tensors), model=model, rules=rules, layout=layout, reference=opened)
         refuse_codes_without_scales(plan)
+        merge = None
+        if model is not None and adapters:
+            base = base_in_memory(model, plan)
+            merge = plan_merge(arranged_plan(base.table), adapters, base)
         plan = with_dtype(plan, dtype, model, rules)
         source = None if carry is None else open_downloaded(carry)
         code = None if dtype is None else dtype_code(dtype)
@@ -235,7 +261,9 @@ def save_checkpoint(
             for row, name in enumerate(tensors)
             if name in holders.written
         }
-        own_slabs = tensor_slabs(plan, local, places_in(shards, plan.targets), most_bytes=limits.slab_bytes)
+        places = places_in(shards, plan.targets)
+        own_slabs = tensor_slabs(plan, local, places, most_bytes=limits.slab_bytes)
+        additions = None if merge is None else Additions(plan.targets, places, *merge)
         carried_slabs = None
         if carried is not None and is_first:
             carried_slabs = carried.slabs(places_in(shards, carried.targets), limits)
@@ -250,7 +278,8 @@ def save_checkpoint(
         nbytes = sum(group.nbytes for group in own_slabs) + (0 if carried_slabs is None else carried_slabs.nbytes)
         with all_or_raise(groups, "saving"), bytes_progress(nbytes, "saving", progress) as advance:
             for file, shard in enumerate(shards):
-                slabs = [(group.by_file.get(file, []), group.start) for group in own_slabs]
+                starts = [group.start if additions is None else additions.added(group.start) for group in own_slabs]
+                slabs = [(group.by_file.get(file, []), start) for group, start in zip(own_slabs, starts, strict=True)]
                 with nullcontext() if carried_slabs is None else carried_slabs.opened(file) as file_slabs:
                     slabs += [] if file_slabs is None else [file_slabs]
                     if any(group for group, _ in slabs) or is_first:
@@ -267,5 +296,50 @@ def save_checkpoint(
             *(() if carried is None else carried.left_out),
         ),
         seconds=time.perf_counter() - began,
-        peak_extra_bytes=limits.scratch_bytes,
+        peak_extra_bytes=limits.scratch_bytes + (0 if merge is None else merge_bytes(merge.factors, limits.threads)),
+    )
+
+
+_FORMS = {"merged": None, "only": PER_EXPERT, "fused": TRANSFORMERS}
+
+
+def _form_of(adapter: str) -> str | None:
+    """Return the form in which only the adapter is saved; None to merge it.
+
+    Raises:
+        UnsupportedError: there is no such way to save an adapter.
+    """
+    if adapter not in _FORMS:
+        raise UnsupportedError(message(f"unknown adapter={adapter!r}", expected=f"one of {list(_FORMS)}"))
+    return _FORMS[adapter]
+
+
+def _save_adapter(
+    model: nn.Module, adapters: Sequence[Adapter], directory: str, form: str, progress: bool, began: float
+) -> SaveReport:
+    """Save only the adapter of a model, in a form.
+
+    Args:
+        model: the base model, without adapters.
+        adapters: its active adapters.
+        directory: path of the directory.
+        form: name of the form.
+        progress: whether to show a progress bar.
+        began: time at which the save began.
+
+    Raises:
+        UnsupportedError: several adapters are active.
+    """
+    if len(adapters) != 1:
+        found = [adapter.path for adapter in adapters]
+        do = 'activate one with set_adapter(), or save {adapter="merged"}'
+        raise UnsupportedError(message("only one adapter can be saved", expected="one active", found=found, do=do))
+    written = write_reformed(adapters[0], published_base(model), directory, form, progress)
+    return SaveReport(
+        files=(written.shard.name,),
+        bytes_written=written.shard.nbytes,
+        carried=(),
+        left_out=written.reformed.left_out,
+        seconds=time.perf_counter() - began,
+        peak_extra_bytes=KEPT_BYTES,
     )

@@ -99,7 +99,7 @@ def test_frames_from_a_conversion_of_files_to_its_reads_copies_and_writes(tmp_pa
     def convert():
         amc.convert_checkpoint(published, tmp_path / "own", rules=rules, layout="nemo", threads=1)
 
-    refuse_longer(ways_down(convert), preadv=13, copy_=11, pwritev=9)
+    refuse_longer(ways_down(convert), preadv=14, copy_=12, pwritev=10)
 
 
 def test_longer_chain_is_reported(published, rules, monkeypatch):
