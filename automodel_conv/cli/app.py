@@ -1,4 +1,4 @@
-"""The command line: ``automodel-conv plan | load | convert | verify | bench | demo``.
+"""The command line: ``automodel-conv plan | load | convert | verify | adapter | bench | demo``.
 
 Each command imports its modules when it runs, so help does not import torch.
 """
@@ -12,8 +12,10 @@ import typer
 from rich.filesize import decimal
 
 import automodel_conv
+from automodel_conv.cli import adapter
 from automodel_conv.cli.dry_run import print_dry_run
 from automodel_conv.cli.options import (
+    ChecksumsOption,
     DequantizeOption,
     DropOption,
     LayoutOption,
@@ -23,15 +25,26 @@ from automodel_conv.cli.options import (
     PathArgument,
     ProgressOption,
     RecipeOption,
+    ResumeOption,
+    ShardSizeOption,
     SourceArgument,
     SourceLayoutOption,
     StepsOption,
     ThreadsOption,
+    VerifyOption,
     dtype_named,
     rules_of,
     show_progress,
 )
-from automodel_conv.cli.printing import count_of, print_if_grouped, print_kept_codes, print_names, print_table
+from automodel_conv.cli.printing import (
+    count_of,
+    print_if_grouped,
+    print_kept_codes,
+    print_names,
+    print_table,
+    resumable,
+    write_json,
+)
 from automodel_conv.cli.words import Command, Commands
 from automodel_conv.errors import UnknownTarget
 from automodel_conv.planning.layouts import PER_EXPERT
@@ -132,10 +145,7 @@ def plan(
             raise typer.BadParameter(error.args[0], param_hint="--explain") from None
         typer.echo(f"\n{text}")
     if json is not None:
-        try:
-            json.write_text(compiled.to_json(), encoding="utf-8")
-        except OSError as error:
-            raise typer.BadParameter(str(error), param_hint="--json") from None
+        write_json(json, compiled.to_json())
 
 
 @app.command(cls=Command)
@@ -189,12 +199,12 @@ def convert(
     dtype: NewDtypeOption = None,
     dequantize: DequantizeOption = False,
     drop: DropOption = None,
-    max_shard_size: Annotated[str, typer.Option(help="Maximum size of an output file, such as 5GB or 300MiB.")] = "5GB",
+    max_shard_size: ShardSizeOption = "5GB",
     model: ModelOption = True,
     recipe: RecipeOption = None,
-    resume: Annotated[bool, typer.Option(help="Continue an interrupted conversion, or start again.")] = True,
-    verify: Annotated[bool, typer.Option(help="Read each output file back and compare it with the source.")] = True,
-    checksums: Annotated[bool, typer.Option("--checksums", help="Write a checksum for each tensor.")] = False,
+    resume: ResumeOption = True,
+    verify: VerifyOption = True,
+    checksums: ChecksumsOption = False,
     threads: ThreadsOption = None,
     progress: ProgressOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done; write nothing.")] = False,
@@ -218,7 +228,7 @@ def convert(
     if dry_run:
         print_dry_run(compile_conversion(source, **arguments), destination, dtype)
         return
-    try:
+    with resumable(resume):
         report = automodel_conv.convert_checkpoint(
             source,
             destination,
@@ -229,10 +239,6 @@ def convert(
             threads=threads,
             progress=show_progress(progress),
         )
-    except KeyboardInterrupt:
-        command = "the same command" if resume else "the same command, with --resume,"
-        typer.echo(f"interrupted: {command} continues with the unfinished files", err=True)
-        raise typer.Exit(130) from None
     print_table(converted_table(report, verify))
     print_names(report.carried, report.left_out)
     print_kept_codes(report.kept_codes, dtype)
@@ -288,6 +294,9 @@ def verify(
     same = "the source" if verified.is_copy else "a conversion of the source"
     tensors, files = count_of(len(written.names), "tensor"), count_of(len(written.files), "file")
     typer.echo(f"{tensors} in {files}, {decimal(verified.nbytes)}: bit-identical to {same}")
+
+
+app.add_typer(adapter.app, name="adapter")
 
 
 @app.command("bench", cls=Command)

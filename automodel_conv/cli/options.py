@@ -62,6 +62,10 @@ DropOption = Annotated[
         "May be repeated.",
     ),
 ]
+ShardSizeOption = Annotated[str, typer.Option(help="Maximum size of an output file, such as 5GB or 300MiB.")]
+ResumeOption = Annotated[bool, typer.Option(help="Continue interrupted work, or start again.")]
+VerifyOption = Annotated[bool, typer.Option(help="Read each output file back and compare all of it.")]
+ChecksumsOption = Annotated[bool, typer.Option("--checksums", help="Write a checksum for each tensor.")]
 ModelOption = Annotated[
     bool,
     typer.Option("--model/--no-model", help="Use the names of the model in config.json, or those of the source."),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import typer
@@ -11,6 +12,8 @@ import typer
 from automodel_conv.errors import listing
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.table import Table
 
 
@@ -46,6 +49,33 @@ def print_kept_codes(kept_codes: tuple[str, ...], dtype: str | None) -> None:
     """Print that a dtype does not apply to codes, if there are any."""
     if kept_codes and dtype is not None:
         typer.echo("--dtype casts neither codes nor their scales: --dequantize decodes them to it")
+
+
+@contextmanager
+def resumable(resume: bool) -> Iterator[None]:
+    """Print how to continue if Ctrl-C interrupts the block, and exit.
+
+    Args:
+        resume: whether the same command continues.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        command = "the same command" if resume else "the same command, with --resume,"
+        typer.echo(f"interrupted: {command} continues with the unfinished files", err=True)
+        raise typer.Exit(130) from None
+
+
+def write_json(file: Path, text: str) -> None:
+    """Write the file that ``--json`` names.
+
+    Raises:
+        typer.BadParameter: it cannot be written.
+    """
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise typer.BadParameter(str(error), param_hint="--json") from None
 
 
 def print_table(table: Table) -> None:

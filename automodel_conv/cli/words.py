@@ -34,6 +34,7 @@ IN_OPTIONS = {
 IN_COMMANDS = {
     "compile_plan(...)": "automodel-conv plan",
     "load_state_dict(...)": "automodel-conv load",
+    "merge_adapter(...)": "automodel-conv adapter merge",
     "convert_checkpoint(..., checksums=True)": "automodel-conv convert --checksums",
     'convert_checkpoint(..., layout="per_expert")': "automodel-conv convert --layout per_expert",
     "convert_checkpoint(..., rules=[], dequantize=True)": "automodel-conv convert --no-model --dequantize",

@@ -137,9 +137,15 @@ def test_conversion_of_another_kind_restarts_with_an_option(plain, tmp_path):
     assert "resume=" not in result.stderr
 
 
+def all_commands(group):
+    """Yield the commands of a group and of the groups in it."""
+    for command in group.commands.values():
+        yield from all_commands(command) if hasattr(command, "commands") else [command]
+
+
 def test_every_option_named_in_errors_exists():
-    options = {option for command in get_command(app).commands.values() for p in command.params for option in p.opts}
-    options |= {o for command in get_command(app).commands.values() for p in command.params for o in p.secondary_opts}
+    commands = list(all_commands(get_command(app)))
+    options = {option for command in commands for p in command.params for option in (*p.opts, *p.secondary_opts)}
     advice = " ".join([*words.IN_OPTIONS.values(), *words.IN_COMMANDS.values()])
     assert set(re.findall(r"--[\w-]+", advice)) <= options
 
