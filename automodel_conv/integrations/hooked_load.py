@@ -12,6 +12,7 @@ from automodel_conv.execution.filling import Limits, fill
 from automodel_conv.execution.mapping import map_targets, mapped_or_new, without_targets
 from automodel_conv.execution.report_text import NAMES_SHOWN
 from automodel_conv.integrations.codes import refuse_codes
+from automodel_conv.integrations.hooked_adapters import refuse_lost_adapters
 from automodel_conv.integrations.hooked_experts import refuse_other_names
 from automodel_conv.integrations.hooked_files import unindexed_in
 from automodel_conv.integrations.hooked_plan import ALL, plan_load
@@ -85,6 +86,7 @@ def wrap_converter(
     def converted(model: Any, state_dict: dict[str, Any], load_config: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_on():
             return convert(model, state_dict, load_config, *args, **kwargs)
+        refuse_lost_adapters(model)
         refuse_other_layouts(model, state_dict)
         unindexed = unindexed_in(state_dict)
         plain = plain_load(load_config.hf_quantizer, load_config.weight_mapping)

@@ -106,8 +106,8 @@ ADAPTED = {
 @pytest.mark.parametrize("kind", ADAPTED)
 def test_adapters_are_refused_everywhere_with_advice(mixtral, kind, tmp_path):
     [text] = refusals(ADAPTED[kind](copy.deepcopy(mixtral.model)), mixtral, tmp_path)
-    assert "PEFT adapters are not supported" in text
-    for call in ("merge_and_unload()", "save_pretrained()", "Load the base model before"):
+    assert "the model has PEFT adapters" in text
+    for call in ('save_checkpoint(..., adapter="merged")', "merge_and_unload()", "load the base model before"):
         assert call in text
 
 
