@@ -46,7 +46,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,6 +62,7 @@ from benchmarks.shapes import SMALL, Shape, qwen3_30b, write_checkpoint
 from benchmarks.show import show, show_environment
 
 PER_EXPERT, GROUPED = "per-expert", "grouped"
+TITLES = ("seconds", "s of CPU", "GB/s", "ours is", "x cp, fsync", "anonymous MiB", "resident MiB")
 GROUPS = ("save", "group", "ungroup", "transpose")
 _TRANSPOSED = {"gate_and_up_projs": "gate_up_proj", "down_projs": "down_proj"}
 # Small enough that even the tiny checkpoint has several files.
@@ -128,7 +129,7 @@ def copy_with_cp(setting: Setting, source: str) -> Run:
     return lambda out: subprocess.run(["cp", "-R", setting.files(source), out], check=True)
 
 
-def _synced(prepare: Prepare) -> Prepare:
+def synced(prepare: Prepare) -> Prepare:
     """Add an fsync of all output to a method."""
 
     def prepared(setting: Setting) -> Run:
@@ -150,7 +151,7 @@ def _synced(prepare: Prepare) -> Prepare:
 def _methods() -> dict[str, Method]:
     methods = {
         "save: transformers": Method("save", save_with_transformers, PER_EXPERT),
-        "save: transformers, fsync": Method("save", _synced(save_with_transformers), PER_EXPERT),
+        "save: transformers, fsync": Method("save", synced(save_with_transformers), PER_EXPERT),
         "save: ours": Method("save", save_with_ours, PER_EXPERT),
     }
     for group, source, output, layout in (
@@ -161,9 +162,9 @@ def _methods() -> dict[str, Method]:
         if group != "transpose":
             copy, convert = partial(copy_with_cp, source=source), partial(convert_with_transformers, source=source)
             methods[f"{group}: cp"] = Method(group, copy, source)
-            methods[f"{group}: cp, fsync"] = Method(group, _synced(copy), source)
+            methods[f"{group}: cp, fsync"] = Method(group, synced(copy), source)
             methods[f"{group}: transformers"] = Method(group, convert, output)
-            methods[f"{group}: transformers, fsync"] = Method(group, _synced(convert), output)
+            methods[f"{group}: transformers, fsync"] = Method(group, synced(convert), output)
         for name, verify in (("ours", False), ("ours, verified", True)):
             ours = partial(convert_with_ours, source=source, layout=layout, verify=verify)
             methods[f"{group}: {name}"] = Method(group, ours, output)
@@ -189,26 +190,38 @@ def work(name: str, directory: str, threads: int, shard_size: str, state: str, r
     big = Setting(os.path.join(directory, "big"), threads, shard_size)
     method.prepare(tiny)(out)
     shutil.rmtree(out)
-    run = method.prepare(big)
-    os.sync()  # includes the files of the tiny checkpoint
-    for form in (PER_EXPERT, GROUPED):  # the page cache may evict pages that were read before the wait
-        measure.read_through(big.files(form))
-    memory.prepare(state, _bytes_in(big.files(PER_EXPERT)))
+    result = timed(method.prepare(big), out, [big.files(form) for form in (PER_EXPERT, GROUPED)], state)
+    if "cp" in name:
+        result |= {"anonymous_bytes": None, "resident_bytes": None}
+    result["digest"] = digest_of(out) if repetition == 0 else None
+    shutil.rmtree(out)
+    return result
+
+
+def timed(run: Run, out: str, sources: Sequence[str], state: str) -> dict[str, Any]:
+    """Return the seconds, the processor's seconds and the peak memory of a run.
+
+    Args:
+        out: the directory that it writes.
+        sources: the directories that it may read. They are read into the page cache before. Memory is made ready for
+            the size of the first one.
+        state: state of free memory.
+    """
+    os.sync()  # includes the files of a warm-up
+    for source in sources:  # the page cache may evict pages that were read before the wait
+        measure.read_through(source)
+    memory.prepare(state, measure.file_bytes(sources[0]))
     with PeakMemory() as peak:
         start, start_cpu = time.perf_counter(), _cpu_seconds()
         written = run(out)
         seconds, cpu_seconds = time.perf_counter() - start, _cpu_seconds() - start_cpu
-    del written, run
-    by_other = "cp" in name
-    result = {
+    del written
+    return {
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
-        "anonymous_bytes": None if by_other else peak.anonymous_bytes,
-        "resident_bytes": None if by_other else peak.resident_bytes,
-        "digest": digest_of(out) if repetition == 0 else None,
+        "anonymous_bytes": peak.anonymous_bytes,
+        "resident_bytes": peak.resident_bytes,
     }
-    shutil.rmtree(out)
-    return result
 
 
 def digest_of(directory: str) -> str:
@@ -233,10 +246,6 @@ def _cpu_seconds() -> float:
     """Return the processor time of this process and of the children that it has waited for."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
-
-
-def _bytes_in(directory: str) -> int:
-    return sum(path.stat().st_size for path in Path(directory).glob("*.safetensors"))
 
 
 def write_checkpoints(shape: Shape, root: str, threads: int, shard_size: str) -> None:
@@ -278,7 +287,7 @@ def run(
 
         runs = {state: run_all(state) for state in states}
         at_start = digest_of(os.path.join(big, PER_EXPERT))
-        file_bytes = _bytes_in(os.path.join(big, PER_EXPERT))
+        file_bytes = measure.file_bytes(os.path.join(big, PER_EXPERT))
     for form, known in ((PER_EXPERT, {"the files at the start": at_start}), (GROUPED, {})):
         digests = known | {
             f"{name}, {state}": by_method[name][0]["digest"]
@@ -308,28 +317,37 @@ def table(result: Mapping[str, Any], state: str) -> Table:
         title_justify="left",
     )
     shown.add_column("method")
-    for title in ("seconds", "s of CPU", "GB/s", "ours is", "x cp, fsync", "anonymous MiB", "resident MiB"):
+    for title in TITLES:
         shown.add_column(title, justify="right")
     seconds = {name: statistics.median(run["seconds"] for run in method_runs) for name, method_runs in runs.items()}
     for group in GROUPS:
         ours = seconds.get(f"{group}: ours")
         roof = seconds.get(f"{'group' if group == 'transpose' else group}: cp, fsync")
         for name in (name for name in runs if METHODS[name].group == group):
-            method_runs = runs[name]
-            shown.add_row(
-                name,
-                measure.spread([run["seconds"] for run in method_runs]).text(),
-                f"{statistics.median(run['cpu_seconds'] for run in method_runs):.2f}",
-                f"{file_bytes / 1e9 / seconds[name]:.2f}",
-                f"{seconds[name] / ours:.2f}x" if ours else "",
-                f"{seconds[name] / roof:.2f}" if roof else "",
-                *(_peak(method_runs, kind, file_bytes) for kind in ("anonymous_bytes", "resident_bytes")),
-            )
+            shown.add_row(name, *cells(runs[name], file_bytes, ours, roof))
         shown.add_section()
     return shown
 
 
-def _peak(runs: list[dict[str, Any]], kind: str, file_bytes: int) -> str:
+def cells(runs: Sequence[Mapping[str, Any]], file_bytes: int, ours: float | None, roof: float | None) -> list[str]:
+    """Return the cells below ``TITLES`` for the runs of a method.
+
+    Args:
+        ours: the median of this package, if it was measured.
+        roof: the median of ``cp``, if it was measured.
+    """
+    seconds = statistics.median(run["seconds"] for run in runs)
+    return [
+        measure.spread([run["seconds"] for run in runs]).text(),
+        f"{statistics.median(run['cpu_seconds'] for run in runs):.2f}",
+        f"{file_bytes / 1e9 / seconds:.2f}",
+        f"{seconds / ours:.2f}x" if ours else "",
+        f"{seconds / roof:.2f}" if roof else "",
+        *(_peak(runs, kind, file_bytes) for kind in ("anonymous_bytes", "resident_bytes")),
+    ]
+
+
+def _peak(runs: Sequence[Mapping[str, Any]], kind: str, file_bytes: int) -> str:
     peaks = [run[kind] for run in runs if run[kind] is not None]
     return f"{max(peaks) / 2**20:.0f} ({max(peaks) / file_bytes:.2f}x)" if peaks else "-"
 
@@ -359,7 +377,7 @@ def main(arguments: list[str] | None = None) -> None:
     methods = given.method or list(METHODS)
     states = given.memory or list(memory.MEMORY)
     results = run(shape, methods, states, given.repetitions, given.threads, shard_size, given.directory)
-    environment["file_system"] = _file_system(given.directory)
+    environment["file_system"] = file_system(given.directory)
     result = {"environment": environment, **results}
     _show(result)
     measure.write_json(given.json, result)
@@ -371,7 +389,7 @@ def _show(result: Mapping[str, Any]) -> None:
         show(table(result, state))
 
 
-def _file_system(directory: str | None) -> str | None:
+def file_system(directory: str | None) -> str | None:
     """Return the type of the file system that was written to."""
     at = str(Path(directory or tempfile.gettempdir()).resolve())
     try:
