@@ -24,7 +24,7 @@ INCLUDED = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"
 _PAGES = {file: page for page, file in INCLUDED.items()}
 _FENCE = re.compile(r"^ *(```|~~~)")
 _TARGET = re.compile(r"""(?P<before>\]\(|\b(?:src|srcset|href)=["'])(?P<target>[^)\s"'#:]+)(?P<after>[#)\s"'])""")
-_OPTIONS = re.compile(r"^<!-- options of (\w+) -->$", re.MULTILINE)
+_OPTIONS = re.compile(r"^<!-- options of (\w+(?: \w+)*) -->$", re.MULTILINE)
 _PICTURES = ("benchmarks/results",)
 
 
@@ -70,7 +70,10 @@ def _options_of(command: str) -> str:
         sys.path.insert(0, str(ROOT))
     from automodel_conv.cli.app import app
 
-    group = get_command(app)
-    context = typer.Context(group, info_name="automodel-conv")
-    text = get_docs_for_click(obj=group.commands[command], ctx=context, call_prefix="automodel-conv")
+    group: Any = get_command(app)
+    context, prefix = typer.Context(group, info_name="automodel-conv"), "automodel-conv"
+    *groups, name = command.split()
+    for part in groups:
+        group, prefix = group.commands[part], f"{prefix} {part}"
+    text = get_docs_for_click(obj=group.commands[name], ctx=context, call_prefix=prefix)
     return text[text.index("**Usage**") :]
