@@ -190,6 +190,7 @@ def test_stacks_for_vllm_have_the_products_of_all_experts(case, tmp_path):
     assert_same(tensors_of(tmp_path / "back"), tensors_of(case.path))
 
 
+@few_types
 def test_fused_adapter_goes_back_to_the_same_bytes(case, tmp_path):
     amc.convert_adapter(case.path, tmp_path / "fused", base=case.base, layout="transformers")
     amc.convert_adapter(tmp_path / "fused", tmp_path / "back", base=case.base, layout="per_expert")
