@@ -25,6 +25,7 @@ from automodel_conv.planning.copies import SourceTable, Target
 from automodel_conv.planning.deltas import chained
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.quantization import arranged_plan
+from automodel_conv.upstream.from_config import meta_model
 from automodel_conv.upstream.models import expert_layouts, state_table
 from automodel_conv.upstream.registry import has_rules_of_type, model_rules
 from automodel_conv.upstream.rules import RuleSet
@@ -254,12 +255,12 @@ def base_of(checkpoint: Checkpoint, dequantize: bool) -> Base:
     except (UnsupportedError, QuantizationError):
         if dequantize:
             raise
+        # Codes that cannot be decoded keep their names and shapes; an adapter that changes one is refused.
         table, is_decoded = SourceTable.from_checkpoint(checkpoint), False
 
     def compile_loading() -> Loading:
-        plan, _, model = load_plan(checkpoint, None, PlanSettings(dequantize=is_decoded))
-        assert model is not None
-        return Loading(model, plan)
+        model = meta_model(checkpoint, None)
+        return Loading(model, load_plan(checkpoint, model, PlanSettings(dequantize=is_decoded))[0])
 
     return Base(checkpoint.path, table, compile_loading, keeps_codes=not dequantize)
 

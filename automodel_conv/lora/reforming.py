@@ -210,7 +210,7 @@ def _with_tied_names(place: _Place, matches: Matches, base: Base) -> Iterator[_P
 def _has_inputs_last(name: str, base: Base, form: str) -> bool:
     """Return whether a stack of matrices has its inputs in the last dimension, in the view of a form.
 
-    vLLM and layers have the inputs of a layer; PEFT has the last dimension unless the module says otherwise.
+    vLLM means the inputs of the layer. PEFT means the last dimension, unless the module states that it is transposed.
     """
     if form == VLLM:
         return base.has_inputs_last(base.targets[name])
