@@ -27,14 +27,14 @@ from automodel_conv.execution.adding import Additions, merge_bytes
 from automodel_conv.execution.factors import KEPT_BYTES
 from automodel_conv.execution.report_text import Row, cost_rows, count_row, memory_row, text_of
 from automodel_conv.execution.tensor_slabs import LocalTensor, tensor_slabs
-from automodel_conv.execution.writing import split_scratch, write_slabs
+from automodel_conv.execution.writing import ScratchSplit, split_scratch, write_slabs
 from automodel_conv.files.checkpoint import open_checkpoint, open_downloaded
 from automodel_conv.files.destination import open_destination
 from automodel_conv.files.remote import local_path
 from automodel_conv.files.staging import staged_path
 from automodel_conv.lora.adapter import Adapter
 from automodel_conv.lora.forms import PER_EXPERT, TRANSFORMERS
-from automodel_conv.lora.merging import plan_merge
+from automodel_conv.lora.merging import Merge, plan_merge
 from automodel_conv.lora.peft_models import base_and_adapters, base_in_memory, published_base
 from automodel_conv.lora.writing import write_reformed
 from automodel_conv.planning.kept_codes import refuse_codes_without_scales
@@ -296,8 +296,13 @@ def save_checkpoint(
             *(() if carried is None else carried.left_out),
         ),
         seconds=time.perf_counter() - began,
-        peak_extra_bytes=limits.scratch_bytes + (0 if merge is None else merge_bytes(merge.factors, limits.threads)),
+        peak_extra_bytes=limits.scratch_bytes + (0 if merge is None else _merge_bytes(merge, limits)),
     )
+
+
+def _merge_bytes(merge: Merge, limits: ScratchSplit) -> int:
+    """Return the bytes that a merge needs besides the scratch, with a copy of each thread's slab of unchanged bytes."""
+    return merge_bytes(merge.factors, limits.threads) + limits.threads * limits.slab_bytes
 
 
 _FORMS = {"merged": None, "only": PER_EXPERT, "fused": TRANSFORMERS}

@@ -248,7 +248,7 @@ class _AddingProducer:
         if not self._additions.in_slab(slab):
             return views
         if len(views) > 1 or views[0].readonly:  # memory of the tensors that are saved
-            views = [memoryview(bytearray(b"".join(views)))]
+            views = [memoryview(bytearray().join(views))]
         self._additions.add(slab, views[0], self._scratch)
         return views
 

@@ -194,7 +194,10 @@ def convert(
 
 
 def _limits(writing: Writing, merge: Merge | None) -> tuple[ScratchSplit, int]:
-    """Return the scratch of the threads, and the bytes that a merge needs besides; both are within the given limit."""
+    """Return the scratch of the threads, and the bytes that a merge needs besides.
+
+    Together they are within the given limit, unless a merge needs more.
+    """
     scratch = DEFAULT_SCRATCH_BYTES if writing.scratch_bytes is None else writing.scratch_bytes
     limits = split_scratch(writing.threads, scratch, reads_files=True)
     if merge is None:
