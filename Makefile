@@ -98,7 +98,7 @@ test-long-transformers-%: $(VENV)/transformers-%/.installed
 	@PYTHONPATH=$(CURDIR)/$(VENV)/transformers-$* $(LEG) "long tests, transformers $*" \
 		$(PYTEST) -m "not packaging" $(IMPORT_TRANSFORMERS)
 
-# vLLM's own model classes. Its wheel is for CUDA, but builds and loads models on a CPU; 1 GB on disk.
+# vLLM's own model classes. Its wheel is for CUDA, but builds and loads models on a CPU; 1.5 GB on disk.
 test-vllm: $(VENV)/vllm/.installed
 	@PYTHONPATH=$(CURDIR)/$(VENV)/vllm VLLM_TARGET_DEVICE=cpu $(LEG) "vLLM" $(PYTEST) tests/vllm tests/benchmarks/test_vllm.py
 

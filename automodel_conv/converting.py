@@ -53,9 +53,10 @@ def convert_checkpoint(
         destination: path of a directory that is new, or has no weights in it.
         rules: rule objects of transformers. None: the rules of the model that ``config.json`` describes. ``[]``: keep
             all names, to change only the layout, the dtype or the file size.
-        layout: layout of the routed experts in the destination: "transformers", "nemo", "gpt_oss", "vllm", or
-            "per_expert" as ``save_pretrained`` writes them. None: the layout of the model's own parameters. The files
-            state the layout. If transformers does not load this layout for the type, file names begin with its name
+        layout: layout of the routed experts in the destination: "transformers", "nemo", "gpt_oss", "vllm"; one for
+            vLLM's kernels: "vllm_w31", "vllm_trtllm", "vllm_trtllm_padded" or "vllm_deepep"; or "per_expert" as
+            ``save_pretrained`` writes them. None: the layout of the model's own parameters. The files state the layout.
+            If transformers does not load this layout for the type, file names begin with its name
             (``nemo-00001-of-00004.safetensors``), so that ``from_pretrained`` refuses the directory;
             ``open_checkpoint`` and all readers of this package find such files.
         source_layout: layout of grouped experts in the source: a layout, or "per_expert", the form in which the type is

@@ -74,8 +74,9 @@ def convert_state_dict(
             wrapped it, and names of ``state_dict`` may be those of a wrapped model; see ``compile_plan``.
         rules: rule objects of transformers that rename and merge tensors. None: the model's own rules. ``[]``: keep the
             names. One of ``model``, ``rules``, ``layout`` and ``source_layout`` is needed.
-        layout: layout of the routed experts in the result: "transformers", "nemo", "gpt_oss" or "vllm". None: the
-            layout of the model's own parameters.
+        layout: layout of the routed experts in the result: "transformers", "nemo", "gpt_oss" or "vllm"; or, as vLLM's
+            kernels read them, "vllm_w31", "vllm_trtllm", "vllm_trtllm_padded" or "vllm_deepep". None: the layout of the
+            model's own parameters.
         source_layout: layout of grouped experts in ``state_dict``: a layout, or "per_expert". None: the model's layout,
             or without a model that of transformers; the shapes must fit it.
         out: tensors to write, by target name. Each target needs one, of its shape and dtype. The result of an earlier
@@ -138,8 +139,8 @@ def revert_state_dict(
             and names of ``state_dict`` may be those of a wrapped model; see ``compile_plan``.
         rules: rule objects of transformers; they are reversed. None: the model's own rules. ``[]``: keep the names. One
             of ``model``, ``rules``, ``layout`` and ``reference`` is needed.
-        layout: layout of the experts in ``state_dict``: "transformers", "nemo", "gpt_oss" or "vllm". None: the layout
-            of the model's own parameters.
+        layout: layout of the experts in ``state_dict``; see ``convert_state_dict``. A layout that pads needs a
+            ``model`` with the sizes without padding. None: the layout of the model's own parameters.
         reference: path of a checkpoint whose names to restore exactly. Only its headers are read.
         out: tensors to write, by target name. Each target needs one, of its shape and dtype. The result of an earlier
             call fits; tensors in it that are tensors of ``state_dict`` stay as they are. None: allocate them.

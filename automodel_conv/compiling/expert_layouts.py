@@ -13,10 +13,11 @@ from automodel_conv.planning.layouts import (
     ExpertLayout,
     Layout,
     has_no_gate,
+    has_other_names,
     holds_experts,
     holds_grouped_experts,
     is_weight,
-    layout_from_name,
+    layouts_with_names,
 )
 from automodel_conv.planning.relayout import relayout
 from automodel_conv.planning.unmarked import layout_advice
@@ -94,8 +95,27 @@ def _single_experts(table: SourceTable) -> list[str]:
 
 
 def has_names_of(targets: Mapping[str, TargetSpec] | None, layout: str) -> bool:
-    """Return whether a model's experts have names that only this layout has, as in NeMo's own models."""
-    return any(layout_from_name(name) == layout for name in targets or ())
+    """Return whether a model's experts have names of this layout, and not transformers' own, as in NeMo's models.
+
+    Such a model has the experts in this layout, or in the one that loaders fill among layouts with the same names.
+
+    Raises:
+        UnsupportedError: the layout is one that an engine makes for a kernel, and the model has its names.
+    """
+    named = next((n for n in targets or () if has_other_names(n) and holds_experts(n, LAYOUTS[layout])), None)
+    if named is None:
+        return False
+    same = layouts_with_names([named])
+    if layout != same[0]:
+        raise UnsupportedError(
+            message(
+                "cannot determine the layout of the model's experts",
+                where=named,
+                found=f"a name of several layouts, and tensors in the layout {layout!r}",
+                do="pass {layout=}: one of " + ", ".join(f'"{name}"' for name in same),
+            )
+        )
+    return True
 
 
 def gated_by(
@@ -128,7 +148,8 @@ def is_laid_out(targets: Iterable[str], own: Mapping[str, Layout], wanted: Layou
     """
     names = [name for name in targets if holds_grouped_experts(name)]
     return all(
-        holds_experts(name, wanted) and own.get(name.rpartition(".")[0], wanted).axes == wanted.axes for name in names
+        holds_experts(name, wanted) and own.get(name.rpartition(".")[0], wanted).arrangement == wanted.arrangement
+        for name in names
     )
 
 
@@ -150,19 +171,41 @@ def not_laid_out(targets: Iterable[str], wanted: Layout, called: str) -> Unsuppo
     )
 
 
+def sizes_in(shapes: Mapping[str, tuple[int, ...]], layout: Callable[[str], Layout]) -> Callable[[str], dict[str, int]]:
+    """Return a function from the name of an experts module to its intermediate size i and its hidden size h.
+
+    The function returns no sizes if the module has no ``down`` with a shape that its layout allows.
+
+    Args:
+        shapes: shapes of tensors by name.
+        layout: maps the name of an experts module to its layout.
+    """
+
+    def sizes(path: str) -> dict[str, int]:
+        down = layout(path).down[0]
+        found = down.sizes(shapes.get(f"{path}.{down.name}", ()))
+        return {} if found is None else {axis: found[axis] for axis in ("i", "h")}
+
+    return sizes
+
+
 def relaid_specs(
     targets: Mapping[str, TargetSpec],
     wanted: Layout,
     canonical: Callable[[str], Layout],
     gated: Callable[[str], bool],
+    sizes: Callable[[str], Mapping[str, int]] = lambda path: {},
 ) -> dict[str, TargetSpec]:
-    """Return the targets that the rules must produce so that a relayout can fill ``targets`` in the wanted layout."""
+    """Return the targets that the rules must produce so that a relayout can fill ``targets`` in the wanted layout.
+
+    ``sizes`` returns the sizes of a module without padding; see ``relayout``.
+    """
     table = SourceTable(
         list(targets),
         [spec.dtype for spec in targets.values()],
         [spec.shape for spec in targets.values()],
     )
-    plan = relayout(table, lambda path: wanted, canonical, gated)
+    plan = relayout(table, lambda path: wanted, canonical, gated, sizes)
     specs = list(targets.values())
     return {
         target.name: TargetSpec(target.dtype, target.shape, all(specs[row].is_new for row in target.sources))

@@ -29,9 +29,10 @@ class PlanOptions(TypedDict, total=False):
     model's own rules. ``[]``: keep the checkpoint's names."""
 
     layout: str | None
-    """Layout of the routed experts in memory: "transformers", "nemo", "gpt_oss" or "vllm". None: the layout of the
-    model's own parameters. For ``load_model`` it states the layout that the model's experts already have, if the
-    modules are not transformers' own."""
+    """Layout of the routed experts in memory: "transformers", "nemo", "gpt_oss" or "vllm"; or, as vLLM's kernels read
+    them, "vllm_w31", "vllm_trtllm", "vllm_trtllm_padded" or "vllm_deepep". None: the layout of the model's own
+    parameters. For ``load_model`` it states the layout that the model's experts already have, if the modules are not
+    transformers' own."""
 
     source_layout: str | None
     """Layout of grouped experts in the checkpoint: a layout, or "per_expert", the form in which the type is published.

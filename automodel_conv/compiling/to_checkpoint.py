@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from automodel_conv.compiling.expert_layouts import check_layout, experts_of, gated_by
+from automodel_conv.compiling.expert_layouts import check_layout, experts_of, gated_by, sizes_in
 from automodel_conv.compiling.marks import layout_to_read
 from automodel_conv.compiling.stages import arranging_stages, composed
 from automodel_conv.compiling.to_model import loading_plan
@@ -17,7 +17,7 @@ from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.compiler import compile_targets
 from automodel_conv.planning.composition import table_of
 from automodel_conv.planning.copies import SourceTable
-from automodel_conv.planning.layouts import TRANSFORMERS, as_layout, get_layout
+from automodel_conv.planning.layouts import TRANSFORMERS, Layout, as_layout, get_layout
 from automodel_conv.planning.names import plain_table
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.relayout import relayout
@@ -69,14 +69,13 @@ def saving_plan(
         if not checked:
             check_layout(layout, table, "layout")
         gated = gated_by(experts, rule_set, table, given)
-        stages.append(
-            relayout(
-                table,
-                lambda path: given,
-                lambda path: own.get(path, TRANSFORMERS),
-                gated,
-            )
-        )
+        has = model_targets(model) if model is not None and given.is_padded else {}
+
+        def canonical(path: str) -> Layout:
+            return own.get(path, TRANSFORMERS)
+
+        sizes = sizes_in({name: spec.shape for name, spec in has.items()}, canonical)
+        stages.append(relayout(table, lambda path: given, canonical, gated, sizes))
         table = table_of(stages[-1].targets)
     elif not checked:
         has = {} if model is None else {name: spec.shape for name, spec in model_targets(model).items()}

@@ -7,7 +7,7 @@ sources straight to the final buffers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from automodel_conv.compiling.expert_layouts import (
     not_laid_out,
     refuse_no_experts,
     relaid_specs,
+    sizes_in,
 )
 from automodel_conv.compiling.stages import arranging_stages, composed
 from automodel_conv.dtypes import dtype_code
@@ -92,6 +93,7 @@ def loading_plan(
     Raises:
         UnsupportedError: the layout is unknown, or the model contradicts it.
     """
+    rules = None if rules is None else list(rules)
     objects = model_rules(model, key_mapping, quantizer) if rules is None else [*key_renamings(key_mapping), *rules]
     has_targets = targets is not None
     if targets is None and model is not None and not produce_all:
@@ -113,7 +115,21 @@ def loading_plan(
     destination: Mapping[str, TargetSpec] | None = None  # the model's tensors, if its experts are in the wanted layout
     if wanted is not None and targets is not None and is_laid_out(targets, {} if has_targets else own, wanted):
         destination = targets
-        targets = relaid_specs(targets, wanted, canonical, gated)
+        produced: dict[str, tuple[int, ...]] = {}
+        if wanted.is_padded and incoming is not wanted:  # the sources have the sizes without padding
+            read, _ = loading_plan(
+                table,
+                model=model,
+                rules=rules,
+                source_layout=source_layout,
+                key_mapping=key_mapping,
+                dtype=dtype,
+                quantizer=quantizer,
+                produce_all=True,
+            )
+            produced = {target.name: target.shape for target in read.targets}
+        sizes = _sizes_to_fill(produced, canonical, targets, wanted)
+        targets = relaid_specs(targets, wanted, canonical, gated, sizes)
     elif in_place and wanted is not None and layout is not None:
         raise not_laid_out(targets or (), wanted, layout)
     if targets is not None and not kv_cache_rows(targets):
@@ -125,7 +141,8 @@ def loading_plan(
     if incoming is not None and source_layout is not None and not has_names_of(targets, source_layout):
         if not produce_all:
             check_layout(source_layout, table, "source_layout")
-        stages.append(relayout(table, lambda path: incoming, canonical, gated))
+        sizes = _read_sizes(table, incoming, wanted, canonical, targets, model)
+        stages.append(relayout(table, lambda path: incoming, canonical, gated, sizes))
         table = table_of(stages[-1].targets)
     transposed = None if source_layout is None else source_layout == PER_EXPERT
     plan, problems = compile_targets(table, rule_set, targets, code, transposed=transposed, as_stored=as_stored)
@@ -163,6 +180,39 @@ def loading_plan(
     return whole, problems
 
 
+def _sizes_to_fill(
+    produced: Mapping[str, tuple[int, ...]],
+    canonical: Callable[[str], Layout],
+    targets: Mapping[str, TargetSpec],
+    wanted: Layout,
+) -> Callable[[str], Mapping[str, int]]:
+    """Return the sizes of the experts that fill ``targets``: of those that rules produce, else those with padding."""
+    without_padding = sizes_in(produced, canonical)
+    with_padding = sizes_in({name: spec.shape for name, spec in targets.items()}, lambda path: wanted)
+    return lambda path: without_padding(path) or with_padding(path)
+
+
+def _read_sizes(
+    table: SourceTable,
+    incoming: Layout,
+    wanted: Layout | None,
+    canonical: Callable[[str], Layout],
+    targets: Mapping[str, TargetSpec] | None,
+    model: nn.Module | None,
+) -> Callable[[str], Mapping[str, int]]:
+    """Return the sizes without padding of the experts in ``table``; see ``relayout``.
+
+    Padding that the wanted layout has too is kept, and its size is that of the tensors.
+    """
+    if not incoming.is_padded:
+        return lambda path: {}
+    if incoming is wanted:
+        return sizes_in(dict(zip(table.names, table.shapes, strict=True)), lambda path: incoming)
+    if targets is None and model is not None:
+        targets = model_targets(model)
+    return sizes_in({name: spec.shape for name, spec in (targets or {}).items()}, canonical)
+
+
 def shapes_to_make(
     model: nn.Module, state: Mapping[str, Tensor], layout: str | None, *, in_place: bool
 ) -> dict[str, tuple[int, ...]]:
@@ -194,7 +244,7 @@ def shapes_to_make(
     def gated(path: str) -> bool:
         return experts[path].gated if path in experts else f"{path}.{canonical(path).first[0].name}" in shapes
 
-    table = SourceTable(list(shapes), ["F32"] * len(shapes), list(shapes.values()))
+    table = SourceTable(list(shapes), ["BF16"] * len(shapes), list(shapes.values()))  # all layouts allow this dtype
     return {target.name: target.shape for target in relayout(table, canonical, lambda path: wanted, gated).targets}
 
 

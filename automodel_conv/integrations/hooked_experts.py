@@ -10,7 +10,7 @@ from typing import Any
 
 from automodel_conv.errors import UnsupportedError, listing, message
 from automodel_conv.integrations.hooked_files import Slice
-from automodel_conv.planning.layouts import PER_EXPERT, layout_from_name
+from automodel_conv.planning.layouts import PER_EXPERT, has_other_names, layouts_with_names
 from automodel_conv.planning.resolve import Resolution, all_targets
 from automodel_conv.planning.rules import Rules
 
@@ -34,16 +34,18 @@ def refuse_other_names(
         return
     filled = {target for use in resolution.assignments for target in all_targets(rules, use.rule, use.target)}
     lacking = [name for name in model.state_dict() if ".experts." in f".{name}" and name not in filled]
-    foreign = [name for name in unclaimed if layout_from_name(name) is not None]
+    foreign = [name for name in unclaimed if has_other_names(name)]
     if foreign and lacking:
-        layout = layout_from_name(foreign[0])
+        first, *others = layouts_with_names(foreign[:1])
         do = [
-            f'build the model and call load_model(model, path, source_layout="{layout}"), which needs no hook',
-            f'convert the files: convert_checkpoint(..., source_layout="{layout}", layout="{PER_EXPERT}")',
+            f'build the model and call load_model(model, path, source_layout="{first}"), which needs no hook',
+            f'convert the files: convert_checkpoint(..., source_layout="{first}", layout="{PER_EXPERT}")',
         ]
         if not isinstance(state_dict[foreign[0]], Slice):
-            do = [f'pass the result of convert_state_dict(tensors, model, source_layout="{layout}") instead']
-        raise _refused(model, f"their names are those of the layout {layout!r}", lacking, foreign, do)
+            do = [f'pass the result of convert_state_dict(tensors, model, source_layout="{first}") instead']
+        if others:
+            do.append(f"if the experts are in another layout with these names, state it: {', '.join(others)}")
+        raise _refused(model, f"their names are those of the layout {first!r}", lacking, foreign, do)
     modules = {name.rpartition(".")[0] for name in lacking}
     single = _of_single_experts(unclaimed, modules)
     if single:

@@ -8,102 +8,57 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from automodel_conv.errors import UnsupportedError, message
-from automodel_conv.planning.axes import dims_of, sizes_of
+from automodel_conv.planning.buffers import Blocks, Buffer, Layout
 
 GATE_UP = ("gate", "up")
+UP_GATE = ("up", "gate")
 UP = ("up",)
 DOWN = ("down",)
 
 
-class Buffer(NamedTuple):
-    """A tensor that holds one or two projections of all experts of a module.
-
-    The axes are E (experts), g (projections), i (intermediate size) and h (hidden size).
-    """
-
-    name: str
-    axes: str
-    """Axes in einops notation. Parentheses merge g and another axis into one dimension."""
-    projections: tuple[str, ...]
-    """Names of the projections, in their order along g."""
-
-    @property
-    def is_weight(self) -> bool:
-        """Whether the buffer holds weights and not biases."""
-        return {"i", "h"} <= {axis for dim in dims_of(self.axes) for axis in dim}
-
-    def sizes(self, shape: Sequence[int]) -> dict[str, int] | None:
-        """Return the size of each axis, or None for a shape that the buffer cannot have."""
-        try:
-            return sizes_of(dims_of(self.axes), shape, {"g": len(self.projections)})
-        except ValueError:
-            return None
+# FlashInfer 0.7.2.post1, `get_shuffle_matrix_a_row_indices` in utils.py: row 4a + b of 32 rows becomes row 8b + a;
+# `convert_to_block_layout` in fused_moe/core.py: blocks of 128 bytes of all rows follow each other.
+_ROWS = Blocks("E (m a b) (n k)", "E n m b a k", (("a", 8), ("b", 4), ("k", 64)))
+# `get_reorder_rows_for_gated_act_gemm_row_indices` there lets up and gate alternate first, so that b is (c g).
+_PAIRS_OF_ROWS = Blocks("E g (m a c) (n k)", "E n m c g a k", (("a", 8), ("c", 2), ("k", 64)))
 
 
-@dataclass(frozen=True)
-class Layout:
-    """The names of the tensors of grouped experts, and their arrangement in memory.
+def _trtllm(pads: bool) -> Layout:
+    """Return the layout of FlashInfer's TRT-LLM kernel, without biases, with the intermediate size padded or not."""
+    padded, multiples = ((("i", 128),), (("h", 64),)) if pads else ((), (("i", 128), ("h", 64)))
 
-    A weight comes before its bias.
-    """
+    def weight(name: str, axes: str, projections: tuple[str, ...], blocks: Blocks) -> tuple[Buffer]:
+        return (Buffer(name, axes, projections, blocks, multiples, padded, dtypes=("BF16",)),)
 
-    first: tuple[Buffer, ...]
-    """Buffers of gate and up: one for both, or one for each."""
-    ungated: tuple[Buffer, ...]
-    """Buffers of up, for experts without a gate."""
-    down: tuple[Buffer, ...]
-    """Buffers of down."""
+    return Layout(
+        first=weight("w13_weight", "E (g i) h", UP_GATE, _PAIRS_OF_ROWS),
+        ungated=weight("w13_weight", "E i h", UP, _ROWS),
+        down=weight("w2_weight", "E h i", DOWN, _ROWS),
+    )
 
-    @cached_property
-    def names(self) -> frozenset[str]:
-        """Names of weights and biases, with and without a gate."""
-        return frozenset(buffer.name for buffer in (*self.first, *self.ungated, *self.down))
 
-    @cached_property
-    def weights(self) -> frozenset[str]:
-        """Names of the weights."""
-        return frozenset(buffer.name for buffer in (*self.first, *self.ungated, *self.down) if buffer.is_weight)
+def _padded(layout: Layout, dtypes: tuple[str, ...], *padded: tuple[str, int]) -> Layout:
+    """Return a layout with axes padded in all buffers that have them."""
 
-    @cached_property
-    def axes(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
-        """Axes and projections of each buffer, without its name."""
-        return tuple((buffer.axes, buffer.projections) for buffer in (*self.first, *self.ungated, *self.down))
+    def pad(buffers: tuple[Buffer, ...]) -> tuple[Buffer, ...]:
+        return tuple(
+            buffer._replace(padded=tuple(p for p in padded if p[0] in buffer.flat_axes), dtypes=dtypes)
+            for buffer in buffers
+        )
 
-    @property
-    def transposed(self) -> bool:
-        """Whether weights are ``[E, in, out]`` and not ``[E, out, in]``."""
-        axes = [axis for dim in dims_of(self.down[0].axes) for axis in dim]
-        return axes.index("i") < axes.index("h")
+    return Layout(pad(layout.first), pad(layout.ungated), pad(layout.down))
 
-    def buffers(self, gated: bool) -> tuple[Buffer, ...]:
-        """Return the buffers of experts with or without a gate."""
-        return (*(self.first if gated else self.ungated), *self.down)
 
-    def expected(self) -> list[str]:
-        """Return the names of the weights of experts with a gate, in order, for error messages."""
-        return [buffer.name for buffer in self.buffers(gated=True) if buffer.is_weight]
-
-    def fits(self, shapes: Mapping[str, Sequence[int]], gated: bool = True) -> bool:
-        """Return whether the shapes can be those of all weights of one module.
-
-        Args:
-            shapes: shape of each tensor by its name in the module.
-            gated: whether the experts have a gate.
-        """
-        known: dict[str, int] = {}
-        for buffer in self.buffers(gated):
-            if buffer.is_weight:
-                sizes = buffer.sizes(shapes.get(buffer.name, ()))
-                if sizes is None or any(known.setdefault(axis, sizes[axis]) != sizes[axis] for axis in ("i", "h")):
-                    return False
-        return True
-
+# vLLM, `FusedMoE`: w13_weight [E, 2I, H], w2_weight [E, H, I].
+_VLLM = Layout(
+    first=(Buffer("w13_weight", "E (g i) h", GATE_UP), Buffer("w13_bias", "E (g i)", GATE_UP)),
+    ungated=(Buffer("w13_weight", "E i h", UP), Buffer("w13_bias", "E i", UP)),
+    down=(Buffer("w2_weight", "E h i", DOWN), Buffer("w2_bias", "E h", DOWN)),
+)
 
 LAYOUTS: Mapping[str, Layout] = {
     # transformers 5.x, `integrations/moe.py`: gate_up_proj [E, 2I, H], down_proj [E, H, I].
@@ -124,17 +79,27 @@ LAYOUTS: Mapping[str, Layout] = {
         ungated=(Buffer("up_proj", "E h i", UP), Buffer("up_proj_bias", "E i", UP)),
         down=(Buffer("down_proj", "E i h", DOWN), Buffer("down_proj_bias", "E h", DOWN)),
     ),
-    # vLLM, `FusedMoE`: w13_weight [E, 2I, H], w2_weight [E, H, I].
-    "vllm": Layout(
-        first=(Buffer("w13_weight", "E (g i) h", GATE_UP), Buffer("w13_bias", "E (g i)", GATE_UP)),
-        ungated=(Buffer("w13_weight", "E i h", UP), Buffer("w13_bias", "E i", UP)),
-        down=(Buffer("w2_weight", "E h i", DOWN), Buffer("w2_bias", "E h", DOWN)),
+    "vllm": _VLLM,
+    # vLLM 0.33.0, `swap_w13_to_w31` in quantization/utils/flashinfer_utils.py, for FlashInfer's CUTLASS kernels; of
+    # biases, `convert_weight_to_mxfp4_moe_kernel_format` in fused_moe/oracle/mxfp4.py.
+    "vllm_w31": Layout(
+        first=(Buffer("w13_weight", "E (g i) h", UP_GATE), Buffer("w13_bias", "E (g i)", UP_GATE)),
+        ungated=_VLLM.ungated,
+        down=_VLLM.down,
     ),
+    # vLLM 0.33.0, `convert_moe_weights_to_flashinfer_trtllm_block_layout` in quantization/utils/flashinfer_utils.py,
+    # whose parameters keep the shapes of "vllm"; 128 is the multiple of `convert_to_unquantized_kernel_format` in
+    # fused_moe/oracle/unquantized.py, which pads to it, and 64 elements are the blocks of 128 bytes.
+    "vllm_trtllm": _trtllm(pads=False),
+    "vllm_trtllm_padded": _trtllm(pads=True),
+    # vLLM 0.33.0, `DeepEPHTPrepareAndFinalize.maybe_roundup_layer_hidden_size`: rows of a multiple of 512 bytes.
+    "vllm_deepep": _padded(_VLLM, ("BF16", "F16"), ("h", 256)),
 }
 """All layouts by name.
 
 If gate and up have a buffer each, ``first`` holds both, as in ``Buffer("gate", "E i h", ("gate",))``. If up comes
-before gate, the projections are ``("up", "gate")``."""
+before gate, the projections are ``("up", "gate")``. Of layouts with the same names, the first is the one that loaders
+fill; engines make the others of it for their kernels."""
 
 TRANSFORMERS = LAYOUTS["transformers"]
 """The layout that rules of transformers produce, unless the model has another one."""
@@ -203,6 +168,25 @@ def same_names(layout: Layout) -> list[str]:
     return [name for name, other in LAYOUTS.items() if other.names == layout.names]
 
 
+def layouts_that_pad(buffer: Buffer, axis: str) -> list[str]:
+    """Return the layouts with a buffer that is arranged as this one, and that pads an axis."""
+
+    def pads(other: Buffer) -> bool:
+        is_same = other[:4] == buffer[:4] and other.dtypes == buffer.dtypes
+        return is_same and axis in dict(other.padded)
+
+    return [name for name, layout in LAYOUTS.items() if any(map(pads, (*layout.first, *layout.ungated, *layout.down)))]
+
+
+def layouts_without_padding(buffer: Buffer) -> list[str]:
+    """Return the layouts with a buffer that is arranged as this one, but without padding."""
+    return [
+        name
+        for name, layout in LAYOUTS.items()
+        if any(other[:4] == buffer[:4] and not other.padded for other in (*layout.first, *layout.ungated, *layout.down))
+    ]
+
+
 def holds_experts(name: str, layout: Layout) -> bool:
     """Return whether ``name`` is a tensor of grouped experts in this layout."""
     path, _, leaf_name = name.rpartition(".")
@@ -236,6 +220,11 @@ def layout_from_name(name: str) -> str | None:
     """Return the layout of a tensor of grouped experts if only one layout has its name, else None."""
     candidates = [key for key, layout in LAYOUTS.items() if holds_experts(name, layout)]
     return candidates[0] if len(candidates) == 1 else None
+
+
+def has_other_names(name: str) -> bool:
+    """Return whether ``name`` is a tensor of grouped experts under a name that transformers' own models do not have."""
+    return holds_grouped_experts(name) and not holds_experts(name, TRANSFORMERS)
 
 
 def layouts_with_names(names: Iterable[str]) -> list[str]:

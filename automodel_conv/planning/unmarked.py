@@ -16,10 +16,10 @@ from automodel_conv.planning.layouts import (
     LAYOUTS,
     TRANSFORMERS,
     Layout,
+    has_other_names,
     holds_experts,
     holds_grouped_experts,
     is_weight,
-    layout_from_name,
     layouts_with_names,
     same_names,
 )
@@ -51,7 +51,7 @@ def refuse_other_layouts(problems: Problems, plan: CopyPlan, rules: Rules, model
                 transposed = [n for n, layout in LAYOUTS.items() if layout.transposed and holds_experts(name, layout)]
                 do += [f'pass {{layout="{other}"}} if the model has its experts in it' for other in transposed]
             raise _refused(name, do, f"{list(expected)}, as the model has it", list(shape))
-    foreign = [name for name in problems.unexpected if layout_from_name(name) is not None]
+    foreign = [name for name in problems.unexpected if has_other_names(name)]
     if foreign and any(".experts." in name for name in problems.missing):  # else no expert of the model is missing
         found = f"{len(foreign)} tensors with names of another layout"
         raise _refused(
@@ -118,7 +118,7 @@ def refuse_contradictions(table: SourceTable, shapes: Mapping[str, Shape], rules
             expected, do = shapes.get(name), [layout_advice("layout", [name])]
             if expected is not None and shape == _transposed(expected) != expected:
                 raise _refused(name, do, f"{list(expected)}, as the model has it", list(shape))
-            if splits_experts and leaf not in leaves and layout_from_name(name) is not None:
+            if splits_experts and leaf not in leaves and has_other_names(name):
                 raise _refused(name, do, "names of experts that the rules split", list(shape))
         first, down = TRANSFORMERS.first[0].name, TRANSFORMERS.down[0].name
         if splits_experts and f"{path}.{down}" not in shapes and not TRANSFORMERS.fits(weights):

@@ -199,7 +199,11 @@ def _slabs_of_zeros(target: Target, file: int, begin: int, most_bytes: int) -> I
     size = itemsize(target.dtype)
     for fill in target.fills:
         if str(fill.value) == "-0.0" or fill.value or fill.strides not in ((1,), ()):
-            raise UnsupportedError(message(f"{target.name} has constants that cannot be written to files", found=fill))
+            text, do = (
+                f"{target.name} has constants that cannot be written to files",
+                "load the tensors in this form instead",
+            )
+            raise UnsupportedError(message(text, found=fill, do=do))
         stop = (fill.offset + fill.numel) * size
         for start in range(fill.offset * size, stop, most_bytes):
             yield Slab(file, begin + start, min(most_bytes, stop - start), [], {})

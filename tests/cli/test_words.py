@@ -83,12 +83,18 @@ def test_command_advises_its_own_options(moe, tmp_path):
 
 
 @needs_transformers
-def test_command_advises_the_layout_that_the_names_have(moe, tmp_path):
-    grouped = dict(amc.load_state_dict(moe, layout="vllm"))
+@pytest.mark.parametrize(
+    ("layout", "other", "advice"),
+    [
+        ("nemo", "vllm", 'the names are those of the layout "nemo": pass --source-layout nemo\n'),
+        ("vllm", "nemo", 'pass --source-layout: one of "vllm", "vllm_w31", "vllm_trtllm", '),
+    ],
+)
+def test_command_advises_the_layouts_that_the_names_have(moe, tmp_path, layout, other, advice):
+    grouped = dict(amc.load_state_dict(moe, layout=layout))
     (tmp_path / "config.json").write_bytes((moe / "config.json").read_bytes())
     save_file(grouped, tmp_path / "model.safetensors")
-    advice = 'the names are those of the layout "vllm": pass --source-layout vllm\n'
-    for command in (["plan"], ["load"], ["load", "--source-layout", "nemo"], ["convert", str(tmp_path / "new")]):
+    for command in (["plan"], ["load"], ["load", "--source-layout", other], ["convert", str(tmp_path / "new")]):
         assert advice in run(command[0], tmp_path, *command[1:]).stderr
 
 

@@ -12,6 +12,7 @@ from automodel_conv.compiling.expert_layouts import (
     not_laid_out,
     refuse_no_experts,
     relaid_specs,
+    sizes_in,
 )
 from automodel_conv.errors import UnsupportedError
 from automodel_conv.planning.layouts import LAYOUTS, ExpertLayout
@@ -88,6 +89,25 @@ def test_only_names_of_one_layout_determine_it(name, layout, known):
     assert not has_names_of(None, layout)
 
 
+@pytest.mark.parametrize("leaf", ["w13_weight", "w2_weight", "w13_bias"])
+def test_names_do_not_determine_a_layout_that_an_engine_makes(leaf):
+    targets = {f"m.experts.{leaf}": TargetSpec("BF16", (2, 4, 3))}
+    assert has_names_of(targets, "vllm")
+    assert not has_names_of({"m.experts.down_projs": TargetSpec("BF16", (2, 4, 3))}, "vllm_w31")
+    with pytest.raises(
+        UnsupportedError, match=r"(?s)experts\.w.*'vllm_w31'.*pass layout=: one of \"vllm\", \"vllm_w31\""
+    ):
+        has_names_of(targets, "vllm_w31")
+
+
+@pytest.mark.parametrize(("intermediate", "hidden"), [(3, 4), (4, 4), (1, 1), (0, 4)])
+def test_sizes_are_those_of_down(intermediate, hidden):
+    shapes = {"a.experts.down_projs": (2, intermediate, hidden), DOWN: (2, hidden, intermediate), "b.experts.w2": (4,)}
+    sizes = sizes_in(shapes, lambda path: LAYOUTS["nemo" if path == "a.experts" else "transformers"])
+    assert sizes("a.experts") == sizes("experts") == {"i": intermediate, "h": hidden}
+    assert sizes("b.experts") == sizes("c.experts") == {}
+
+
 def test_module_decides_about_its_gate_before_rules_and_shapes():
     ungated = table({"experts.up_proj": (2, 3, 4), DOWN: (2, 4, 3)})
     stated = {"experts": ExpertLayout(False, False, True)}
@@ -130,3 +150,17 @@ def test_specs_are_those_of_the_canonical_layout(experts, intermediate, hidden):
         GATE_UP: TargetSpec("BF16", (experts, 2 * intermediate, hidden), True),
         DOWN: TargetSpec("BF16", (experts, hidden, intermediate), False),
     }
+
+
+def test_specs_of_padded_experts_have_the_sizes_without_padding():
+    specs = {
+        "experts.w13_weight": TargetSpec("BF16", (2, 256, 64), True),
+        "experts.w2_weight": TargetSpec("BF16", (2, 64, 128), True),
+    }
+    layouts = LAYOUTS["vllm_trtllm_padded"], lambda path: LAYOUTS["transformers"], lambda path: True
+    assert relaid_specs(specs, *layouts, lambda path: {"i": 96, "h": 64}) == {
+        GATE_UP: TargetSpec("BF16", (2, 192, 64), True),
+        DOWN: TargetSpec("BF16", (2, 64, 96), True),
+    }
+    with pytest.raises(UnsupportedError, match="without padding is not known"):
+        relaid_specs(specs, *layouts)

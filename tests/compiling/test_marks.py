@@ -12,7 +12,7 @@ from automodel_conv.compiling.marks import (
 )
 from automodel_conv.errors import CheckpointError, UnsupportedError
 from automodel_conv.files.shards import DEFAULT_NAMING, LAYOUT_KEY, Naming
-from automodel_conv.planning.layouts import PER_EXPERT
+from automodel_conv.planning.layouts import LAYOUTS, PER_EXPERT
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.quantization import arranged_plan
 from tests.compiling.support import Experts, Model, StatedExperts, table, tensors_of, write
@@ -30,7 +30,7 @@ def plan_of(shapes, dtype="BF16") -> CopyPlan:
     return arranged_plan(table(shapes, dtype))
 
 
-@pytest.mark.parametrize("layout", ["transformers", "nemo", "gpt_oss", "vllm", PER_EXPERT])
+@pytest.mark.parametrize("layout", [*LAYOUTS, PER_EXPERT])
 def test_metadata_states_the_layout(tmp_path, layout):
     checkpoint = checkpoint_of(tmp_path, layout)
     assert stated_layout(checkpoint, None) == layout

@@ -13,8 +13,9 @@ from automodel_conv.kernels import launch
 from automodel_conv.testing import assert_bytes_equal
 from benchmarks import shapes
 from tests.gpu.place import FULL_SIZES, PLACE, Place
+from tests.planning.kernel_orders import kernel_tensors
 
-LAYOUTS = ("transformers", "nemo", "gpt_oss", "vllm")
+LAYOUTS = ("transformers", "nemo", "gpt_oss", "vllm", "vllm_w31")
 # Far less than the size of a checkpoint, so that loads use many windows.
 SCRATCH_BYTES = 1 << 20 if FULL_SIZES else 1 << 14
 LARGE = shapes.SMALL.config | {"num_experts": 24, "hidden_size": 512, "moe_intermediate_size": 328}
@@ -49,8 +50,7 @@ def grouped(per_expert, layout):
         "transformers": ("gate_up_proj", "down_proj"),
         "nemo": ("gate_and_up_projs", "down_projs"),
         "gpt_oss": ("gate_up_proj", "down_proj"),
-        "vllm": ("w13_weight", "w2_weight"),
-    }[layout]
+    }.get(layout, ("w13_weight", "w2_weight"))
     tensors = {name: tensor for name, tensor in per_expert.items() if ".experts." not in name}
     for path in sorted({name.partition(".experts.")[0] for name in per_expert if ".experts." in name}):
         gate, up, downs = (
@@ -62,6 +62,8 @@ def grouped(per_expert, layout):
             both, downs = both.transpose(1, 2), downs.transpose(1, 2)
         if layout == "gpt_oss":
             both, downs = torch.stack([gate, up], 2).flatten(1, 2).transpose(1, 2), downs.transpose(1, 2)
+        if layout.startswith("vllm"):
+            both, downs = kernel_tensors(layout, gate, up, downs)
         tensors[f"{path}.experts.{gate_up}"] = both.contiguous()
         tensors[f"{path}.experts.{down}"] = downs.contiguous()
     return tensors

@@ -44,6 +44,17 @@ def test_loaded_state_dict_equals_that_of_the_cpu(layout, dtype, checkpoint, per
         assert loaded.report.copied_by_kernels > 0
 
 
+def test_blocks_and_padding_are_written_and_dropped(checkpoint, per_expert, on_device, device):
+    layout = "vllm_trtllm_padded"
+    wanted = grouped(per_expert, layout)
+    loaded = amc.load_state_dict(checkpoint, model(), layout=layout, **on(device))
+    assert_same(loaded, wanted, device)
+    for name, tensor in amc.convert_state_dict(on_device, model(), layout=layout, backend="triton").items():
+        loaded[name].fill_(3).copy_(tensor)
+    assert_same(loaded, wanted, device)
+    assert_same(amc.revert_state_dict(loaded, model(), layout=layout, backend="triton"), per_expert, device)
+
+
 @pytest.mark.parametrize("dtype", [None, torch.float32], ids=str)
 def test_loaded_model_equals_that_of_the_cpu(dtype, checkpoint, per_expert, device):
     loaded = model()

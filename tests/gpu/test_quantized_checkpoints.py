@@ -1,5 +1,7 @@
 """Tests of checkpoints of codes and scales: the device decodes them to the same values as the CPU."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -22,8 +24,13 @@ def quantized(checkpoint, tmp_path_factory):
     return directories
 
 
-@pytest.mark.parametrize("layout", [None, "nemo", "gpt_oss", "vllm"])
-@pytest.mark.parametrize("name", ["fp8", "mxfp4"])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        *itertools.product(["fp8", "mxfp4"], [None, "nemo", "gpt_oss", "vllm", "vllm_w31"]),
+        ("fp8", "vllm_trtllm_padded"),
+    ],
+)
 def test_codes_are_decoded_as_on_the_cpu(name, layout, quantized, device, monkeypatch):
     with on_host():
         wanted = amc.load_state_dict(quantized[name], layout=layout)

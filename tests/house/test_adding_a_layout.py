@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import automodel_conv as amc
-from automodel_conv.planning.layouts import DOWN, LAYOUTS, Buffer, Layout
+from automodel_conv.planning.buffers import Blocks, Buffer, Layout
+from automodel_conv.planning.layouts import DOWN, GATE_UP, LAYOUTS
 
 EXPERTS, SIZE, HIDDEN = 3, 4, 6
 PATH = "model.layers.0.mlp.experts"
@@ -30,6 +31,21 @@ TOYS = {
         first=(Buffer("up_gate", "(i g) E h", ("up", "gate")), Buffer("up_gate_bias", "(i g) E", ("up", "gate"))),
         ungated=(Buffer("up", "i E h", ("up",)), Buffer("up_bias", "i E", ("up",))),
         down=(Buffer("back", "h E i", DOWN), Buffer("back_bias", "E h", DOWN)),
+    ),
+    # Columns in blocks of two, as a kernel might read them.
+    "blocked": Layout(
+        first=(
+            Buffer("first", "E (g i) h", GATE_UP, Blocks("E g i (n k)", "E n g i k", (("k", 2),))),
+            Buffer("first_bias", "E (g i)", GATE_UP),
+        ),
+        ungated=(
+            Buffer("first", "E i h", ("up",), Blocks("E i (n k)", "E n i k", (("k", 2),))),
+            Buffer("first_bias", "E i", ("up",)),
+        ),
+        down=(
+            Buffer("second", "E h i", DOWN, Blocks("E h (n k)", "E n h k", (("k", 2),))),
+            Buffer("second_bias", "E h", DOWN),
+        ),
     ),
 }
 
@@ -81,7 +97,26 @@ def up_first():
     }
 
 
-FORMS = {"transformers": transformers, "apart": apart, "up_first": up_first}
+def blocked():
+    def in_blocks(rows, columns, function):  # element n of an expert is in row n // 2 of block n // 2 // rows
+        def at(e, r, c):
+            block, n = divmod(r * columns + c, 2 * rows)
+            return function(e, n // 2, 2 * block + n % 2)
+
+        return array((EXPERTS, rows, columns), at)
+
+    plain = transformers()
+    return {
+        f"{PATH}.first": in_blocks(
+            2 * SIZE, HIDDEN, lambda e, r, h: element("gate" if r < SIZE else "up", e, r % SIZE, h)
+        ),
+        f"{PATH}.first_bias": plain[f"{PATH}.gate_up_proj_bias"],
+        f"{PATH}.second": in_blocks(HIDDEN, SIZE, lambda e, h, i: element("down", e, i, h)),
+        f"{PATH}.second_bias": plain[f"{PATH}.down_proj_bias"],
+    }
+
+
+FORMS = {"transformers": transformers, "apart": apart, "up_first": up_first, "blocked": blocked}
 
 
 @pytest.fixture(autouse=True)

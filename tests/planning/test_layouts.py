@@ -9,7 +9,12 @@ from automodel_conv.planning.layouts import (
     ExpertLayout,
     as_layout,
     get_layout,
+    has_other_names,
     holds_experts,
+    layout_from_name,
+    layouts_that_pad,
+    layouts_with_names,
+    same_names,
 )
 
 
@@ -48,3 +53,26 @@ def test_names_of_experts_are_recognized_by_module_and_name():
     assert not holds_experts("m.experts.w13_weight", LAYOUTS["nemo"])
     assert not holds_experts("m.shared_experts.w13_weight", LAYOUTS["vllm"])
     assert not holds_experts("m.w13_weight", LAYOUTS["vllm"])
+
+
+def test_layouts_for_kernels_have_the_names_of_the_layout_that_loaders_fill():
+    shared = ["vllm", "vllm_w31", "vllm_trtllm", "vllm_trtllm_padded", "vllm_deepep"]
+    assert layouts_with_names(["m.experts.w13_weight", "m.experts.w2_weight"]) == shared
+    assert same_names(LAYOUTS["vllm"])[0] == "vllm"
+    assert layout_from_name("m.experts.w2_weight") is None
+    assert layout_from_name("m.experts.down_projs") == "nemo"
+
+
+def test_names_are_others_if_transformers_has_no_experts_of_these_names():
+    assert has_other_names("m.experts.w2_weight")
+    assert has_other_names("experts.down_projs")
+    assert not has_other_names("m.experts.down_proj")
+    assert not has_other_names("m.experts.gate_up_proj_bias")
+    assert not has_other_names("m.shared_experts.w2_weight")
+
+
+def test_layout_that_pads_is_found_for_one_that_does_not():
+    trtllm = LAYOUTS["vllm_trtllm"]
+    for buffer in (*trtllm.first, *trtllm.ungated, *trtllm.down):
+        assert layouts_that_pad(buffer, "i") == ["vllm_trtllm_padded"]
+        assert layouts_that_pad(buffer, "h") == []

@@ -62,7 +62,9 @@ def test_experts_that_have_the_transposed_shape_of_the_model_are_refused():
 
 
 def test_advice_names_only_layouts_that_have_the_names():
-    assert layout_advice("layout", ["m.experts.w2_weight"]).endswith('pass {layout="vllm"}')
+    assert layout_advice("layout", ["m.experts.down_projs"]).endswith('pass {layout="nemo"}')
+    assert '{layout=}: one of "vllm", "vllm_w31", ' in layout_advice("layout", ["m.experts.w2_weight"])
+    assert '"nemo"' not in layout_advice("layout", ["m.experts.w2_weight"])
     assert layout_advice("layout", [GATE_UP, DOWN]).endswith('pass {layout=}: one of "transformers", "gpt_oss"')
     assert all(f'"{name}"' in layout_advice("layout", ["m.experts.w2_weight", DOWN]) for name in LAYOUTS)
 
@@ -80,6 +82,13 @@ def test_names_of_another_layout_are_refused_if_the_model_lacks_experts():
         refuse_other_layouts(problems, unchanged(), NO_RULES, model_states_layout=True)
     problems.missing = ["m.norm"]
     refuse_other_layouts(problems, unchanged(), NO_RULES, model_states_layout=True)
+
+
+def test_names_of_several_layouts_are_refused_with_all_of_them():
+    problems = Problems(unexpected=["m.experts.w2_weight"], missing=[GATE_UP])
+    several = r'(?s)w2_weight.*pass source_layout=: one of "vllm", "vllm_w31", "vllm_trtllm"'
+    with pytest.raises(UnsupportedError, match=several):
+        refuse_other_layouts(problems, unchanged(), NO_RULES, model_states_layout=True)
 
 
 def test_undecided_square_matrix_is_refused_only_if_rules_group_such_experts():

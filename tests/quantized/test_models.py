@@ -30,11 +30,13 @@ from transformers.quantizers import AutoHfQuantizer, HfQuantizer
 import automodel_conv as amc
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.host import load_to_host
+from automodel_conv.planning.layouts import LAYOUTS
 from automodel_conv.planning.methods.method import part_name
 from automodel_conv.planning.sharding import placed
 from automodel_conv.testing import assert_bytes_equal
 from automodel_conv.upstream.registry import model_rules
 from tests.comparing import assert_same_in_order, contents
+from tests.doors.layouts_on_disk.support import config_of
 from tests.integrations.support import assert_same_model
 from tests.kernels.test_code_tables import rounded
 from tests.model_zoo import build_model, fill, write_checkpoint
@@ -168,9 +170,12 @@ def test_gpt_oss_in_mxfp4_equals_that_of_transformers(tmp_path):
         assert_bytes_equal(tensor, stock[key])
 
 
-@pytest.mark.parametrize("layout", ["nemo", "gpt_oss", "vllm"])
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "transformers"])
 def test_quantized_experts_load_in_every_layout(tmp_path, layout):
-    quantized("qwen3_moe", tmp_path, fine_grained((7, 20)))
+    config = config_of("qwen3_moe", 3, 100 if layout == "vllm_trtllm_padded" else 128, 64)
+    model = transformers.Qwen3MoeForCausalLM._from_config(config, dtype=torch.bfloat16)
+    fill(model)
+    quantized("", tmp_path, fine_grained((7, 20)), model)
     plain = amc.load_state_dict(tmp_path)
     wanted = amc.load_state_dict(tmp_path, layout=layout)
     expected = amc.convert_state_dict(dict(plain), rules=[], source_layout="transformers", layout=layout)

@@ -10,12 +10,13 @@ from automodel_conv.errors import CoverageError, NameProblems, UnsupportedError
 from automodel_conv.execution.factors import KEPT_BYTES
 from automodel_conv.testing import assert_bytes_equal
 from tests.comparing import assert_same
+from tests.doors.adapters import support
 from tests.doors.adapters.support import CONFIG, MODULES, default_adapter, factors, merged, published, write_base
 from tests.lora.support import PREFIX, dyadic, write_adapter
 
 transformers = pytest.importorskip("transformers", reason="builds a transformers model")
 
-LAYOUTS = [None, "nemo", "vllm", "gpt_oss"]
+LAYOUTS = [None, "nemo", "vllm", "gpt_oss", "vllm_w31", "vllm_deepep"]
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,19 @@ def test_state_dict_has_the_merged_weights_in_any_layout(place, layout, memory_m
     found = amc.load_state_dict(place / "base", model, adapter=place / "adapter", **options)
     assert_same(found, expected)
     assert found.report.adapted
+
+
+@pytest.mark.parametrize(("layout", "inner"), [("vllm_trtllm", 128), ("vllm_trtllm_padded", 96)])
+def test_state_dict_has_the_merged_weights_in_blocks_of_a_kernel(tmp_path, monkeypatch, layout, inner):
+    sizes = {"hidden_size": 64, "moe_intermediate_size": inner, "intermediate_size": inner}
+    monkeypatch.setattr(support, "CONFIG", CONFIG | sizes)
+    monkeypatch.setattr(support, "HIDDEN", 64)
+    monkeypatch.setattr(support, "INNER", inner)
+    write_base(tmp_path / "base", published())
+    write_base(tmp_path / "merged", merged(published(), factors(*MODULES)))
+    default_adapter(tmp_path / "adapter")
+    found = amc.load_state_dict(tmp_path / "base", adapter=tmp_path / "adapter", layout=layout)
+    assert_same(found, amc.load_state_dict(tmp_path / "merged", layout=layout))
 
 
 def test_published_names_need_no_model(place):

@@ -23,7 +23,7 @@ except ModuleNotFoundError:
     build_model = None
 
 needs_transformers = pytest.mark.skipif(build_model is None, reason="transformers is not installed")
-STAGES = ("transformers", "nemo", "gpt_oss", "vllm", "per_expert")
+STAGES = ("transformers", "nemo", "gpt_oss", "vllm", "vllm_w31", "per_expert")
 
 RENAMED = {
     "mixtral": [(".block_sparse_moe.", ".mlp.")],
@@ -75,13 +75,14 @@ def laid_out(name, published, layout):
                 continue
             first, gated = roles["up" + bias], "gate" + bias in roles
             if gated:
-                join = alternating if layout == "gpt_oss" else lambda gate, up: torch.cat([gate, up], 1)
-                first = join(roles["gate" + bias], first)
+                join = alternating if layout == "gpt_oss" else lambda *parts: torch.cat(parts, 1)
+                parts = roles["gate" + bias], first
+                first = join(*parts[::-1] if layout == "vllm_w31" else parts)
             down = roles["down" + bias]
             if layout in ("nemo", "gpt_oss") and not bias:
                 first, down = first.transpose(1, 2), down.transpose(1, 2)
             names = ("gate_up_proj" if gated else "up_proj") + bias, "down_proj" + bias
-            if layout == "vllm":
+            if layout in ("vllm", "vllm_w31"):
                 names = ("w13_bias", "w2_bias") if bias else ("w13_weight", "w2_weight")
             if layout == "nemo":
                 names = ("gate_up_proj_bias", "down_proj_bias") if bias else ("gate_and_up_projs", "down_projs")

@@ -10,7 +10,7 @@ try:
 except ModuleNotFoundError:
     pass
 
-LAYOUTS = ("transformers", "nemo", "gpt_oss", "vllm")
+LAYOUTS = ("transformers", "nemo", "gpt_oss", "vllm", "vllm_w31")
 PATH = "model.layers.3.mlp.experts"
 E, I, H = 3, 5, 7  # noqa: E741
 

@@ -131,7 +131,7 @@ def test_unmarked_ungated_experts_are_an_error():
 
 
 @needs_transformers
-@pytest.mark.parametrize("layout", ["nemo", "gpt_oss", "vllm"])
+@pytest.mark.parametrize("layout", ["nemo", "gpt_oss", "vllm", "vllm_w31"])
 @pytest.mark.parametrize(("intermediate", "hidden"), [(5, 7), (4, 8), (6, 6)])
 def test_unmarked_experts_in_another_layout_are_not_split(intermediate, hidden, layout):
     converted = sized(intermediate, hidden, layout)

@@ -103,7 +103,7 @@ def plan_names(plan):
     return [target.name for target in plan.targets]
 
 
-@pytest.mark.parametrize("layout", ["nemo", "gpt_oss", "vllm"])
+@pytest.mark.parametrize("layout", ["nemo", "gpt_oss", "vllm", "vllm_w31"])
 def test_experts_in_another_layout_than_the_model_are_an_error(mixtral, layout):
     mixtral, _ = mixtral
     converted = amc.convert_state_dict(mixtral.state_dict(), mixtral, layout=layout)

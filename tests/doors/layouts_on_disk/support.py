@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText
 
 from automodel_conv.testing import address_valued
 
-GROUPED = ("transformers", "nemo", "gpt_oss", "vllm")
+GROUPED = ("transformers", "nemo", "gpt_oss", "vllm", "vllm_w31")
 TYPES = ("qwen3_moe", "mixtral", "nemotron_h", "gpt_oss", "qwen3_vl_moe")
 
 

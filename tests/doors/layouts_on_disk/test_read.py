@@ -61,7 +61,7 @@ def doors(directory, tmp_path):
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("layout", ["nemo", "gpt_oss", "vllm"])
+@pytest.mark.parametrize("layout", ["nemo", "gpt_oss", "vllm", "vllm_w31"])
 def test_unmarked_layout_error_names_source_layout_everywhere(published, tmp_path, layout, sizes):
     source, tensors = published("qwen3_moe", sizes)
     amc.convert_checkpoint(source, tmp_path / "other", layout="nemo")

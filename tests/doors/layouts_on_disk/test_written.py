@@ -211,7 +211,7 @@ def test_files_of_a_module_with_layout_are_marked(published, tmp_path, layout):
     assert_same(amc.load_state_dict(tmp_path / "out"), tensors)
 
 
-@pytest.mark.parametrize("layout", ["nemo", "vllm"])
+@pytest.mark.parametrize("layout", ["nemo", "vllm", "vllm_w31"])
 def test_module_with_experts_that_rules_do_not_split_is_refused(published, tmp_path, layout):
     source, tensors = published("qwen3_moe")
     module = as_module(amc.load_state_dict(source, layout=layout))

@@ -135,7 +135,7 @@ def test_files_are_written_to_a_directory_with_other_files(mixtral, tmp_path):
 
 
 @needs_transformers
-@pytest.mark.parametrize("layout", ["nemo", "gpt_oss", "vllm"])
+@pytest.mark.parametrize("layout", ["nemo", "gpt_oss", "vllm", "vllm_w31"])
 def test_state_dict_in_a_layout_is_reverted_by_the_rules_of_the_model(mixtral, tmp_path, layout):
     amc.save_checkpoint(mixtral, tmp_path / "published")
     tensors = amc.convert_state_dict(mixtral.state_dict(), rules=[], layout=layout)
