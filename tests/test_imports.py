@@ -16,8 +16,9 @@ import automodel_conv
 PACKAGE = Path(automodel_conv.__file__).parent
 HIDE = Path(__file__).parent / "hide"
 OPTIONAL = ("safetensors", "transformers", "triton")
-# Imported by vLLM only, when it loads its plugins.
-OF_VLLM = {f"automodel_conv.integrations.vllm.{name}" for name in ("loader", "other_version", "trace_key")}
+# Imported only if vLLM is installed: when it loads its plugins, or for its weight transfer.
+_OF_VLLM = ("loader", "other_version", "trace_key", "weight_source")
+OF_VLLM = {f"automodel_conv.integrations.vllm.{name}" for name in _OF_VLLM}
 
 
 def modules() -> list[str]:
