@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         QuantizationError,
         RankError,
         ReadError,
+        RefitError,
         UnsupportedError,
         VerificationError,
         WriteError,
@@ -39,7 +40,10 @@ if TYPE_CHECKING:
     from automodel_conv.integrations.transformers import accelerate_transformers, install, uninstall
     from automodel_conv.loading import load_model, load_state_dict
     from automodel_conv.planning.plan import CopyPlan
+    from automodel_conv.published import published_tensors
     from automodel_conv.publishing.convert_report import ConvertReport
+    from automodel_conv.refit import Refit
+    from automodel_conv.refitting.costs import RefitForecast, RefitReport
     from automodel_conv.saving import SaveReport, save_checkpoint
     from automodel_conv.tracing import load_with, trace_loader
     from automodel_conv.verifying import verify_checkpoint
@@ -67,6 +71,7 @@ _DEFINED_IN = {
         "QuantizationError",
         "RankError",
         "ReadError",
+        "RefitError",
         "UnsupportedError",
         "VerificationError",
         "WriteError",
@@ -77,7 +82,10 @@ _DEFINED_IN = {
     "automodel_conv.integrations.transformers": ("accelerate_transformers", "install", "uninstall"),
     "automodel_conv.loading": ("load_model", "load_state_dict"),
     "automodel_conv.planning.plan": ("CopyPlan",),
+    "automodel_conv.published": ("published_tensors",),
     "automodel_conv.publishing.convert_report": ("ConvertReport",),
+    "automodel_conv.refit": ("Refit",),
+    "automodel_conv.refitting.costs": ("RefitForecast", "RefitReport"),
     "automodel_conv.saving": ("SaveReport", "save_checkpoint"),
     "automodel_conv.tracing": ("load_with", "trace_loader"),
     "automodel_conv.verifying": ("verify_checkpoint",),
@@ -99,6 +107,10 @@ __all__ = [
     "QuantizationError",
     "RankError",
     "ReadError",
+    "Refit",
+    "RefitError",
+    "RefitForecast",
+    "RefitReport",
     "SaveReport",
     "TraceOptions",
     "UnsupportedError",
@@ -119,6 +131,7 @@ __all__ = [
     "load_with",
     "merge_adapter",
     "open_checkpoint",
+    "published_tensors",
     "requires_tensor_merging",
     "revert_state_dict",
     "save_checkpoint",

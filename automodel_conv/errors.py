@@ -299,6 +299,25 @@ class RankError(ConversionError):
     """
 
 
+class RefitError(RankError):
+    """Raised on all ranks if a refit ends before all parameters of the engine are new.
+
+    Attributes:
+        new: names of the tensors of this rank's engine that have all elements of the trainer's new weights.
+        old: names of those that still have all elements of their former weights.
+        broken: names of those that may have some of both.
+
+    Example:
+        >>> error = RefitError("the refit was not finished", new=["a"], broken=["b"])
+        >>> error.new, error.old, error.broken
+        (('a',), (), ('b',))
+    """
+
+    def __init__(self, text: str, *, new: Iterable[str] = (), old: Iterable[str] = (), broken: Iterable[str] = ()):
+        super().__init__(text)
+        self.new, self.old, self.broken = tuple(new), tuple(old), tuple(broken)
+
+
 class VerificationError(ConversionError):
     """Raised if tensors differ from the checkpoint that they should equal, or do not match their checksums.
 

@@ -58,9 +58,12 @@ def refuse_missing_experts(shapes: Mapping[str, Sequence[int]], model: nn.Module
             f"{first.name} does not hold all experts",
             expected=f"{first.expected} experts, as {first.evidence} says",
             found=f"{first.held} experts" + (f"; also\n{listing(more)}" if more else ""),
-            do="wrap rank-local experts as DTensors with Shard(0) on the mesh that divides them, or gather them first; "
-            "if experts were removed from the model, correct its config; if its layers have different numbers of "
-            "experts, pass its state dict with rules=",
+            do=[
+                "{experts=} names the experts of this rank",
+                "wrap rank-local experts as DTensors with Shard(0) on the mesh that divides them, or gather them "
+                "first; if experts were removed from the model, correct its config; if its layers have different "
+                "numbers of experts, pass its state dict with rules=",
+            ],
         )
     )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from automodel_conv.distributed.placements import as_distributed, is_distributed
 from automodel_conv.errors import ConversionError, UnsupportedError, message
 from automodel_conv.execution.buffers import dtype_of, span_bytes
 from automodel_conv.execution.mapping import mapped_or_new
+from automodel_conv.execution.memory import share_bytes
 from automodel_conv.planning.copies import Target
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.regions import Region
@@ -129,7 +129,7 @@ class ModelTensors:
                 new_targets.append(target)
             else:
                 model_tensors.buffers[target.name] = local_of(tensor.detach())
-        _refuse_shared_memory(model_tensors.buffers)
+        refuse_shared_memory(model_tensors.buffers)
         model_tensors.plan = replace(plan, targets=tuple(targets))
         devices = {target.name: device_of(target.name) or device_for(state[target.name]) for target in new_targets}
         model_tensors.mapped = map_new(replace(plan, targets=tuple(new_targets)), devices)
@@ -225,15 +225,19 @@ def _set_all(attributes: Iterable[ModuleAttribute], tensor: Tensor) -> None:
         attribute.set(parameter)
 
 
-def _refuse_shared_memory(buffers: Mapping[str, Tensor]) -> None:
+def refuse_shared_memory(buffers: Mapping[str, Tensor]) -> None:
     """Raise ConversionError if two parameters overlap in memory: both would be written, in no fixed order."""
     spans = sorted(
         (tensor.data_ptr(), tensor.data_ptr() + span_bytes(tensor), name)
         for name, tensor in buffers.items()
-        if tensor.numel() and tensor.is_contiguous()
+        if tensor.numel()
     )
-    for (_, stop, name), (start, _, other) in pairwise(spans):
-        if start < stop:
-            raise ConversionError(
-                message(f"{name} and {other} share memory but are two parameters", do="give each its own storage")
-            )
+    open_spans: list[tuple[int, str]] = []  # those that extend beyond the start of the next one
+    for start, stop, name in spans:
+        open_spans = [span for span in open_spans if span[0] > start]
+        for _, other in open_spans:
+            if share_bytes(buffers[name], buffers[other]):
+                raise ConversionError(
+                    message(f"{other} and {name} share memory but are two parameters", do="give each its own storage")
+                )
+        open_spans.append((stop, name))

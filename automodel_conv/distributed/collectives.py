@@ -37,9 +37,7 @@ def all_or_raise(groups: Sequence[Any], what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # Only the reason: the public function that was called has not chosen the advice that applies to it yet.
-        text = error.reason() if isinstance(error, ConversionError) else str(error)
-        _exchange(groups, f"rank {rank_of_this()}: {type(error).__name__}: {text}")
+        _exchange(groups, error_text(error))
         raise
     errors, lost = _exchange(groups, None)
     if errors:
@@ -72,6 +70,33 @@ def require_same_on_all(groups: Sequence[Any], parts: Iterable[bytes], what: str
                 do="pass the whole state dict on all ranks, and wrap the parts of one rank as DTensors",
             )
         )
+
+
+def failures_on(groups: Sequence[Any], own: BaseException | None) -> tuple[list[str], list[str]]:
+    """Return the errors of all ranks of these groups, and those of ranks that could not reach another one.
+
+    Args:
+        groups: see ``all_or_raise``.
+        own: the error of this rank, or None.
+    """
+    exchanged = _exchange(groups, None if own is None else error_text(own))
+    return exchanged.texts, exchanged.lost
+
+
+def error_text(error: BaseException) -> str:
+    """Return the text of an error of this rank for other ranks."""
+    # Only the reason: the public function that was called has not chosen the advice that applies to it yet.
+    text = error.reason() if isinstance(error, ConversionError) else str(error)
+    return f"rank {rank_of_this()}: {type(error).__name__}: {text}"
+
+
+@contextmanager
+def lost_rank_as_error(what: str) -> Iterator[None]:
+    """Raise RankError for a RuntimeError in a block, which process groups raise for a rank that died or is late."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise _lost_rank_error(what, str(error)) from error
 
 
 def union_over_ranks(groups: Sequence[Any], pairs: Iterable[tuple[str, str]], what: str) -> frozenset[tuple[str, str]]:
@@ -154,10 +179,8 @@ def send_replicas(tensors: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
                 # The first rank of each dimension sends, one dimension after the other, so that all ranks receive it.
                 group = tensor.device_mesh.get_group(dim)  # type: ignore[attr-defined]
                 data = buffer.reshape(-1).view(torch.uint8)
-                try:
+                with lost_rank_as_error("sending replicas"):
                     dist.broadcast(data, src=dist.get_global_rank(group, 0), group=group)
-                except RuntimeError as error:
-                    raise _lost_rank_error("sending replicas", str(error)) from error
         if buffer.data_ptr() != part.data_ptr():
             part.detach().copy_(buffer)
 

@@ -84,7 +84,9 @@ def checked_buffer(target: Target, buffers: Mapping[str, Tensor]) -> Tensor:
                 found=f"{buffer.dtype} {list(buffer.shape)}",
             )
         )
-    if any(stride == 0 and size > 1 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)):
+    if buffer.numel() and any(
+        stride == 0 and size > 1 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)
+    ):
         raise ConversionError(
             message(
                 f"elements of the buffer of {target.name} share memory",

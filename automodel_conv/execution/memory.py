@@ -142,12 +142,13 @@ def _raise_if_memory_is_shared(operands: Iterable[_Operand], sources: Mapping[in
         device = operand.tensor.device
         others = [o for o in open_by_device.get(device, []) if o.stop > operand.start]
         for other in others:
-            if (operand.target or other.target) and _share_bytes(operand.tensor, other.tensor):
+            if (operand.target or other.target) and share_bytes(operand.tensor, other.tensor):
                 _raise_unless_tied(operand, other, sources)
         open_by_device[device] = [*others, operand]
 
 
-def _share_bytes(first: Tensor, second: Tensor) -> bool:
+def share_bytes(first: Tensor, second: Tensor) -> bool:
+    """Return whether two tensors have a byte in common; False if that takes too long to find out."""
     try:
         # numpy's stub allows only two values of ``max_work``.
         return np.shares_memory(_address_array(first), _address_array(second), max_work=_MOST_WORK)  # type: ignore[arg-type]

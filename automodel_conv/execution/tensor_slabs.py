@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from automodel_conv.dtypes import dtype_code
-from automodel_conv.errors import ConversionError, UnsupportedError, message
+from automodel_conv.errors import ConversionError, message
 from automodel_conv.execution.cuda import transfer_device
 from automodel_conv.execution.memory import with_source_strides
 from automodel_conv.execution.writing import DeviceTensorProducer, HostTensorProducer, SlabProducer
-from automodel_conv.planning.boxes import NotAffine, Piece, chain, reach
-from automodel_conv.planning.copies import StridedCopy, Target, group_pieces
+from automodel_conv.planning.boxes import reach
+from automodel_conv.planning.copies import StridedCopy, Target
+from automodel_conv.planning.parts_of_sources import copies_from_regions
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.regions import Region
 from automodel_conv.schedule.writes import Slab, slab_schedule
@@ -87,7 +88,7 @@ def tensor_slabs(
         regions = tuple(tuple(part.region for part in local_tensors.get(row, ())) for row in target.sources)
         key = id(target.copies), regions
         if key not in copies_by_key:
-            copies_by_key[key] = _copies_from_regions(target, regions)
+            copies_by_key[key] = copies_from_regions(target, regions)
         copies, read = with_source_strides(copies_by_key[key], [part.tensor.detach() for part in parts])
         first = len(group.operands)
         fills = target.fills if _ends_copies(target, copies) else ()  # one process writes them
@@ -141,26 +142,3 @@ def _slabs_on(device: torch.device, group: _Group, most_bytes: int) -> TensorSla
     return TensorSlabs(
         schedule.by_file(), lambda: DeviceTensorProducer(operands, schedule.dtypes, most_bytes, transfer, "auto")
     )
-
-
-def _copies_from_regions(target: Target, regions: _Regions) -> Sequence[StridedCopy]:
-    """Return the copies that fill a target from regions of its sources; ordinals number all regions in order."""
-    if all(len(source_regions) == 1 and source_regions[0].is_whole for source_regions in regions):
-        return target.copies
-    pieces: list[Piece] = []
-    for copy in target.copies:
-        for piece in copy.pieces():
-            before = sum(map(len, regions[: piece.source]))
-            for number, region in enumerate(regions[piece.source]):
-                pieces += _pieces_from_region(region, piece, before + number, target)
-    return group_pieces(pieces)
-
-
-def _pieces_from_region(region: Region, piece: Piece, ordinal: int, target: Target) -> list[Piece]:
-    """Return the pieces that copy only those elements of ``piece`` that a region contains."""
-    from_region = [part.inverse()._replace(source=ordinal) for part in region.pieces()]
-    try:
-        return [chained.canonical() for chained in chain(from_region, [piece], prod(region.shape))]
-    except NotAffine as error:
-        text = f"{target.name} cannot be computed from a part of its source: {error}"
-        raise UnsupportedError(message(text, found=f"{region}")) from None

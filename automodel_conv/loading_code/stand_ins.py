@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,7 +58,9 @@ def as_before(targets: nn.Module | Mapping[str, Tensor] | None, *, memory: bool 
     """
     holders = [part.__dict__ for part in targets.modules()] if isinstance(targets, nn.Module) else [targets]
     tensors = named_tensors(targets).values()
-    members = _members([*holders, *(tensor.__dict__ for tensor in tensors)], {})
+    found: dict[int, tuple[Any, Any]] = {}
+    _members([*holders, *(tensor.__dict__ for tensor in tensors)], found)
+    members = list(found.values())
     forms = [(tensor, tensor.detach(), tensor.requires_grad) for tensor in tensors] if memory else []
     try:
         yield
@@ -71,15 +73,14 @@ def as_before(targets: nn.Module | Mapping[str, Tensor] | None, *, memory: bool 
             tensor.requires_grad_(requires_grad)
 
 
-def _members(values: list[Any], found: dict[int, tuple[Any, Any]]) -> list[tuple[Any, Any]]:
-    """Return all containers among values, and in them, each with a copy of it."""
+def _members(values: Iterable[Any], found: dict[int, tuple[Any, Any]]) -> None:
+    """Add all containers among values, and in them, to ``found``, each with a copy of it."""
     for value in values:
         if isinstance(value, CONTAINERS) and id(value) not in found:
             found[id(value)] = value, value.copy()
-            _members(list(values_of(value)), found)
+            _members(values_of(value), found)
         elif isinstance(value, tuple):
-            _members(list(value), found)
-    return list(found.values())
+            _members(value, found)
 
 
 def is_same_memory(tensor: Tensor, form: Tensor) -> bool:

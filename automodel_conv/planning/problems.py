@@ -105,6 +105,7 @@ class Problems:
                     "if each rank has tensors of its own experts, wrap them as DTensors with Shard(0) on the mesh that "
                     "divides the experts; otherwise check that config and checkpoint belong together"
                 )
+                advice.append("{experts=} names the experts of this rank")
             if unindexed and (self.missing or self.incomplete):
                 advice.append("download the index and the files again: they may be of different versions")
             elif absent and in_files is not None and absent.isdisjoint(in_files) and numbers is None:

@@ -27,7 +27,8 @@ class Region(NamedTuple):
 
     @property
     def is_whole(self) -> bool:
-        return self.local_shape == self.shape
+        """Whether the part holds all indices, in their order."""
+        return all(runs == (((0, size),) if size else ()) for size, runs in zip(self.shape, self.runs, strict=True))
 
     def pieces(self) -> list[Piece]:
         """Return the copies from the whole tensor to the part, both contiguous."""

@@ -108,13 +108,21 @@ def _rows(name, parameter):
     return [Shard(0)]
 
 
-def sharded(source: Published, kind: str, meshes: Meshes, *, meta: bool = False, dtype=None) -> nn.Module:
+def sharded(source, kind: str, meshes, *, meta: bool = False, dtype=None, world: int | None = None) -> nn.Module:
     """Return the model without values, sharded in one of these ways:
 
     ``experts`` (over all ranks), ``columns``, ``inner`` (the last dimension), ``experts x fsdp`` (both dimensions of
     the experts), ``fsdp`` (FSDP2), ``hsdp`` (its replicas), ``fsdp over tensor`` (its strided shards), ``none``.
+
+    Args:
+        source: has the model.
+        kind: the way.
+        meshes: returns a mesh of a shape.
+        meta: whether the model is on the meta device; else its tensors are poisoned.
+        dtype: dtype of the model; None: its own.
+        world: number of ranks of the meshes; None: all ranks.
     """
-    world = dist.get_world_size()
+    world = world or dist.get_world_size()
     model = copy.deepcopy(source.model)
     if dtype is not None:
         model = model.to(dtype)

@@ -282,3 +282,11 @@ def test_part_may_have_its_own_dtype_with_one_cast():
 def test_region_is_a_value():
     assert box((4, 4), [0, 0], [4, 4]) == whole((4, 4)) == Region((4, 4), (((0, 4),), ((0, 4),)))
     assert hash(whole((4, 4))) == hash(box((4, 4), [0, 0], [4, 4]))
+
+
+def test_all_indices_in_another_order_are_not_whole():
+    rows = ((0, 3),)
+    assert Region((3, 3), (rows, rows)).is_whole
+    assert Region((0, 3), ((), rows)).is_whole
+    assert not Region((3, 3), (((2, 1), (0, 2)), rows)).is_whole
+    assert not Region((3, 3), (((0, 1), (0, 2)), rows)).is_whole

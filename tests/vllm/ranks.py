@@ -98,10 +98,11 @@ def _without_gaps() -> Iterator[None]:
 
 def written_bytes(model: nn.Module) -> int:
     """Return the bytes of the elements that a load wrote: checkpoints have no zeros, and padding has nothing else."""
-    return sum(_written(parameter) for parameter in model.parameters())
+    return sum(map(written_of, model.parameters()))
 
 
-def _written(parameter: nn.Parameter) -> int:
+def written_of(parameter: nn.Parameter) -> int:
+    """Return the bytes of a parameter that a load wrote."""
     size = parameter.element_size()
     raw = parameter.detach().contiguous().reshape(-1, 1).view(torch.uint8)
     return int(((raw != POISON).any(1) & (raw != 0).any(1)).sum()) * size
