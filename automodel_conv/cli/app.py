@@ -1,4 +1,4 @@
-"""The command line: ``automodel-conv plan | load | convert | verify | adapter | bench | demo``.
+"""The command line: ``automodel-conv plan | load | convert | verify | adapter | refit-plan | bench | demo``.
 
 Each command imports its modules when it runs, so help does not import torch.
 """
@@ -12,7 +12,7 @@ import typer
 from rich.filesize import decimal
 
 import automodel_conv
-from automodel_conv.cli import adapter
+from automodel_conv.cli import adapter, refit_command
 from automodel_conv.cli.dry_run import print_dry_run
 from automodel_conv.cli.options import (
     ChecksumsOption,
@@ -297,6 +297,7 @@ def verify(
 
 
 app.add_typer(adapter.app, name="adapter")
+app.command("refit-plan", cls=Command)(refit_command.refit_plan)
 
 
 @app.command("bench", cls=Command)

@@ -50,12 +50,23 @@ def parse_mesh(text: str) -> dict[str, int]:
     Raises:
         UnsupportedError: another form, an unknown name, a name that occurs twice, or a size below one.
     """
+    return parse_sizes(text, MESH_NAMES, "ep=64,fsdp=8")
+
+
+def parse_sizes(text: str, names: Sequence[str], example: str) -> dict[str, int]:
+    """Parse sizes by name; see ``parse_mesh``.
+
+    Args:
+        text: the text.
+        names: the names that it may have.
+        example: such a text, for the error.
+    """
     parts = [part.partition("=") for part in text.replace(" ", "").split(",")]
-    mesh = {name: int(size) for name, _, size in parts if name in MESH_NAMES and size.isdecimal() and int(size)}
-    if len(mesh) != len(parts):
-        expected = f'sizes of {", ".join(MESH_NAMES)}, such as "ep=64,fsdp=8"'
+    sizes = {name: int(size) for name, _, size in parts if name in names and size.isdecimal() and int(size)}
+    if len(sizes) != len(parts):
+        expected = f'sizes of {", ".join(names)}, such as "{example}"'
         raise UnsupportedError(message("not a mesh", expected=expected, found=repr(text)))
-    return mesh
+    return sizes
 
 
 def forecast(
@@ -83,7 +94,7 @@ def forecast(
     sizes = tuple(mesh.values())
     world_size = prod(sizes)
     count = min(world_size, _MOST_RANKS)
-    coordinates = [_coordinate(n * (world_size - 1) // max(count - 1, 1), sizes) for n in range(count)]
+    coordinates = [coordinate_of(n * (world_size - 1) // max(count - 1, 1), sizes) for n in range(count)]
     costs = []
     for number, coordinate in enumerate(coordinates, 1):
         begin_step(f"reads of rank {number} of {count}")
@@ -91,7 +102,7 @@ def forecast(
     return Forecast(tuple(costs), world_size)
 
 
-def _coordinate(rank: int, sizes: Sequence[int]) -> tuple[int, ...]:
+def coordinate_of(rank: int, sizes: Sequence[int]) -> tuple[int, ...]:
     """Return the position of a rank in a mesh; the last dimension changes fastest."""
     positions = []
     for size in reversed(sizes):
@@ -103,7 +114,7 @@ def _coordinate(rank: int, sizes: Sequence[int]) -> tuple[int, ...]:
 def _cost(checkpoint: Checkpoint, plan: CopyPlan, mesh: Mapping[str, int], coordinate: tuple[int, ...]) -> RankCost:
     sizes = tuple(mesh.values())
     regions = {
-        target.name: placed(target.shape, sizes, coordinate, _placements(target.name, target.shape, mesh))
+        target.name: placed(target.shape, sizes, coordinate, placements(target.name, target.shape, mesh))
         for target in plan.targets
     }
     part = plan.shard(regions)
@@ -117,16 +128,17 @@ def _cost(checkpoint: Checkpoint, plan: CopyPlan, mesh: Mapping[str, int], coord
     return RankCost(coordinate, part.bytes_written, read_bytes, len(calls.file) + len(rows), len(files))
 
 
-def _placements(name: str, shape: Sequence[int], mesh: Mapping[str, int]) -> list[Any]:
+def placements(name: str, shape: Sequence[int], mesh: Mapping[str, int]) -> list[Any]:
+    """Return torch's placements of a tensor on the dimensions of a mesh; see ``forecast``."""
     from torch.distributed.tensor import Replicate, Shard
 
     experts = name.rpartition(".")[0].endswith("experts")
-    placements: list[Any] = []
+    placed_as: list[Any] = []
     for dim in mesh:
         if dim == "replicate" or not shape or (dim == "ep" and not experts and "fsdp" not in mesh):
-            placements.append(Replicate())
+            placed_as.append(Replicate())
         elif dim == "fsdp" and experts and "ep" in mesh and len(shape) > 1:
-            placements.append(Shard(1))
+            placed_as.append(Shard(1))
         else:
-            placements.append(Shard(0))
-    return placements
+            placed_as.append(Shard(0))
+    return placed_as

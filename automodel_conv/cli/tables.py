@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from automodel_conv.cli.bench import Bench
     from automodel_conv.cli.demo import DemoResult
     from automodel_conv.cli.forecast import Forecast
+    from automodel_conv.cli.refit_plan import Divided
     from automodel_conv.execution.report import LoadReport
     from automodel_conv.execution.report_text import Row
     from automodel_conv.lora.inspecting import AdapterSummary
@@ -110,6 +111,18 @@ def mesh_table(costs: Forecast) -> Table:
 
 def _size(nbytes: float) -> str:
     return decimal(round(nbytes))
+
+
+def divisions_table(parts: Iterable[Divided]) -> Table:
+    """Return the table of how an engine divides its tensors."""
+    table = Table("an engine holds", caption="modules by the last part of their names; as vLLM divides them")
+    table.add_column("of the modules", overflow="fold")
+    for title in ("size", "most a rank holds"):
+        table.add_column(title, justify="right")
+    for part in parts:
+        modules = escape(", ".join(part.modules))
+        table.add_row(part.division.value, modules, decimal(part.nbytes), decimal(part.most_bytes))
+    return table
 
 
 def report_table(report: LoadReport, tensors: int) -> Table:

@@ -24,7 +24,7 @@ INCLUDED = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"
 _PAGES = {file: page for page, file in INCLUDED.items()}
 _FENCE = re.compile(r"^ *(```|~~~)")
 _TARGET = re.compile(r"""(?P<before>\]\(|\b(?:src|srcset|href)=["'])(?P<target>[^)\s"'#:]+)(?P<after>[#)\s"'])""")
-_OPTIONS = re.compile(r"^<!-- options of (\w+(?: \w+)*) -->$", re.MULTILINE)
+_OPTIONS = re.compile(r"^<!-- options of ([\w-]+(?: [\w-]+)*) -->$", re.MULTILINE)
 _PICTURES = ("benchmarks/results",)
 
 

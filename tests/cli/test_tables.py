@@ -10,8 +10,18 @@ from rich.console import Console
 from automodel_conv.cli import tables
 from automodel_conv.cli.bench import Bench
 from automodel_conv.cli.demo import DemoLoad, DemoResult
+from automodel_conv.cli.engine_mesh import Division
 from automodel_conv.cli.forecast import Forecast, RankCost
-from automodel_conv.cli.tables import adapter_table, converted_table, demo_table, mesh_table, report_table, two_columns
+from automodel_conv.cli.refit_plan import Divided
+from automodel_conv.cli.tables import (
+    adapter_table,
+    converted_table,
+    demo_table,
+    divisions_table,
+    mesh_table,
+    report_table,
+    two_columns,
+)
 from automodel_conv.execution.page_policy import PageUse
 from automodel_conv.execution.report import LoadReport
 from automodel_conv.lora.inspecting import AdapterRow, AdapterSummary
@@ -127,6 +137,18 @@ def test_a_mesh_shows_the_least_the_median_and_the_most_of_its_ranks():
     assert caption(table).startswith("a summary over 3 ranks;")
     assert caption(table).endswith("gaps of at most 64 KiB between the bytes that it needs")
     assert "2.000 of the mean" in caption(table)  # 6 of 3
+
+
+def test_divisions_show_modules_and_the_most_that_a_rank_holds():
+    parts = [
+        Divided(Division.EXPERTS, ("experts",), 4 * 10**9, 10**9),
+        Divided(Division.UNKNOWN, ("conv1d", "in_proj"), 10**6, 10**6),
+    ]
+    table = divisions_table(parts)
+    assert list(rows(table).items())[1:] == [
+        ("experts over ep", ["experts", "4.0 GB", "1.0 GB"]),
+        ("not known here, so counted as whole on each rank", ["conv1d, in_proj", "1.0 MB", "1.0 MB"]),
+    ]
 
 
 def test_empty_ranks_do_not_divide_by_zero_and_samples_are_marked():
