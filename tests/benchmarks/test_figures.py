@@ -5,7 +5,7 @@ import re
 import pytest
 
 from automodel_conv.upstream.registry import transformers_available
-from benchmarks import adapters, choices, mapping, measure, vllm
+from benchmarks import adapters, choices, mapping, measure, refit, vllm
 from benchmarks.peers import tables
 
 pytestmark = pytest.mark.skipif(not transformers_available(), reason="benchmarks build transformers models")
@@ -27,6 +27,7 @@ _REPOSITORY = re.compile("https://github.com/automodel-conv/automodel_conv/(?:bl
         ("docs/performance.md", mapping.markdown, "mapping-2-cores.json"),
         ("docs/performance.md", vllm.markdown, "vllm-2-cores.json"),
         ("docs/performance.md", adapters.markdown, "adapters-2-cores.json"),
+        ("docs/performance.md", refit.markdown, "refit-2-cores.json"),
     ],
 )
 def test_table_equals_its_data(page, make, data):
