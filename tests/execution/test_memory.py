@@ -368,8 +368,8 @@ def test_overlap_of_tensors_is_checked_without_reading_them():
 
     view = torch.zeros(1 << 20)[: 1 << 10]
     scalar = view[3]
-    assert memory_executor._share_bytes(Elsewhere(view), Elsewhere(scalar))
-    assert not memory_executor._share_bytes(Elsewhere(view[4:]), Elsewhere(scalar))
+    assert memory_executor.share_bytes(Elsewhere(view), Elsewhere(scalar))
+    assert not memory_executor.share_bytes(Elsewhere(view[4:]), Elsewhere(scalar))
 
 
 @pytest.mark.parametrize("source", [torch.empty(4, 3), torch.empty(3, 4, dtype=torch.float64)])

@@ -21,7 +21,7 @@ from automodel_conv.execution import tensor_slabs as module
 from automodel_conv.execution.tensor_slabs import LocalTensor, tensor_slabs
 from automodel_conv.execution.writing import write_slabs
 from automodel_conv.files import system
-from automodel_conv.planning import boxes
+from automodel_conv.planning import boxes, parts_of_sources
 from automodel_conv.planning.operations import Operation
 from automodel_conv.planning.regions import box, whole
 from automodel_conv.planning.sharding import placed
@@ -307,7 +307,8 @@ def test_layers_held_in_the_same_way_are_chained_once(monkeypatch):
     region = placed((4, 6), (2,), (0,), [Shard(0)])
     held = {row: [LocalTensor(region, tensor[:2])] for row, tensor in enumerate(tensors.values())}
     chained = []
-    monkeypatch.setattr(module, "chain", lambda *arguments: chained.append(arguments) or boxes.chain(*arguments))
+    chain = boxes.chain
+    monkeypatch.setattr(parts_of_sources, "chain", lambda *arguments: chained.append(arguments) or chain(*arguments))
     tensor_slabs(plan, held, [(0, 48 * n) for n in range(20)], most_bytes=1000)
     assert len(chained) == 1
 
