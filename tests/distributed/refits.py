@@ -197,7 +197,7 @@ def wanted_bytes(side: Side, values: Mapping[str, Tensor]) -> int:
 
 
 class Cost(NamedTuple):
-    """The report of a rank, the bytes of each message that it sent and received, and the bytes that it has to receive."""
+    """The report of a rank, the bytes of each message that it sent and received, and those that it must receive."""
 
     report: Any
     messages: dict[str, list[int]]
