@@ -51,13 +51,14 @@ class Refit:
         group: process group of all ranks of the refit. None: the default group.
         rules: rule objects of transformers between the names of ``module`` and those of the checkpoint. None: the
             module's own rules. ``[]``: the names are equal.
-        layout: layout of the routed experts in ``module``: "transformers", "nemo", "gpt_oss" or "vllm". None: the
-            layout of the module itself.
+        layout: layout of the routed experts in ``module``, such as "transformers", "nemo", "gpt_oss", "vllm", or one
+            that an engine makes for a kernel. None: the layout of the module itself.
         loader: on a rank of the engine, the code that loads a checkpoint into ``module``, such as its
             ``load_weights``. It is traced once, with the names of the checkpoint; see ``trace_loader``. It replaces
             ``rules`` and ``layout``.
         experts: numbers of the experts that plain tensors of grouped experts hold on this rank, in their order, such as
-            ``range(8, 16)``. None: all experts.
+            ``range(8, 16)``. None: all experts; ranks whose values then differ are refused, so construct the object
+            after the trainer has its first weights.
         engine: on a rank that sends, a module of the engine that the same process fills; ``loader`` or ``layout`` then
             belong to it, and the trainer's module has the layout of its own. What stays in the process is copied
             without a message.
@@ -68,6 +69,7 @@ class Refit:
         CoverageError: the trainer's ranks do not hold all of a tensor, or hold it in different divisions.
         UnsupportedError: no rank sends or none receives, something other than copies fills a parameter, a tensor has no
             data, or an argument does not fit.
+        ConversionError: two tensors of the engine share memory.
         RankError: another rank failed, or no longer responds. All ranks raise an error.
 
     Example:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from automodel_conv.compiling.to_model import loading_plan
 from automodel_conv.destinations.model import find_attributes
-from automodel_conv.distributed.placements import is_distributed
+from automodel_conv.distributed.placements import local_of
 from automodel_conv.dtypes import dtype_code
 from automodel_conv.errors import NameProblems, UnsupportedError, listing, message
 from automodel_conv.loading_code.calling import Load
@@ -174,8 +174,7 @@ def _without_aliases(plan: CopyPlan, tensors: Mapping[str, Tensor]) -> CopyPlan:
     first: dict[object, Any] = {}
     kept = []
     for target in plan.targets:
-        tensor = tensors[target.name]
-        own = tensor.to_local() if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
+        own = local_of(tensors[target.name])
         key = (own.data_ptr(), own.shape, own.stride()) if own.numel() else target.name
         other = first.setdefault(key, target)
         if other is target:
