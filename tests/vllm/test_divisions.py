@@ -25,7 +25,7 @@ def test_each_rank_holds_what_a_rank_of_vllm_holds(world, tmp_path):
         write(architecture, tmp_path / architecture)
         model = described_model(str(tmp_path / architecture), None, None)
         for variant in variants:
-            tensors = engine_tensors(model, trainer_parts(model, {}), parse_engine_mesh(variant))
+            tensors = engine_tensors(model, trainer_parts(model, {}, 1 << 20), parse_engine_mesh(variant))
             sizes = {target.name: itemsize(target.dtype) for target in tensors.plan.targets}
             for rank, held in enumerate(results(ended[variant])):
                 regions = tensors.regions[rank].items()
