@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     )
     from automodel_conv.execution.report import LoadReport
     from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
+    from automodel_conv.files.source_options import SourceOptions
     from automodel_conv.in_memory import convert_state_dict, revert_state_dict
     from automodel_conv.integrations.transformers import accelerate_transformers, install, uninstall
     from automodel_conv.loading import load_model, load_state_dict
@@ -78,6 +79,7 @@ _DEFINED_IN = {
     ),
     "automodel_conv.execution.report": ("LoadReport",),
     "automodel_conv.files.checkpoint": ("Checkpoint", "open_checkpoint"),
+    "automodel_conv.files.source_options": ("SourceOptions",),
     "automodel_conv.in_memory": ("convert_state_dict", "revert_state_dict"),
     "automodel_conv.integrations.transformers": ("accelerate_transformers", "install", "uninstall"),
     "automodel_conv.loading": ("load_model", "load_state_dict"),
@@ -112,6 +114,7 @@ __all__ = [
     "RefitForecast",
     "RefitReport",
     "SaveReport",
+    "SourceOptions",
     "TraceOptions",
     "UnsupportedError",
     "VerificationError",

@@ -7,12 +7,14 @@ import time
 from dataclasses import dataclass
 
 import torch
+from typing_extensions import Unpack
 
 from automodel_conv.compiling.options import AdapterArgument
-from automodel_conv.doors import door
+from automodel_conv.doors import door, keyword_options
 from automodel_conv.execution.report_text import Row, count_row, text_of
 from automodel_conv.files.checkpoint import open_checkpoint
-from automodel_conv.files.remote import local_path
+from automodel_conv.files.source_options import SourceOptions, SourceSettings
+from automodel_conv.files.uploads.folder_by_path import folder_of
 from automodel_conv.lora.adapter import open_adapter
 from automodel_conv.lora.base import base_of
 from automodel_conv.lora.forms import checked_form
@@ -75,6 +77,7 @@ class AdapterReport:
 
 
 @door("converting")
+@keyword_options(SourceOptions, SourceSettings)
 def convert_adapter(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
@@ -82,6 +85,7 @@ def convert_adapter(
     base: str | os.PathLike[str],
     layout: str,
     progress: bool = False,
+    **options: Unpack[SourceOptions],
 ) -> AdapterReport:
     """Convert an adapter (LoRA) to another form, for experts and all other modules.
 
@@ -102,11 +106,14 @@ def convert_adapter(
     out where there are none.
 
     Args:
-        source: path of a directory with ``adapter_config.json`` and ``adapter_model.safetensors``, in any of the forms.
-        destination: path of a directory that is new, or has no weights in it.
-        base: the checkpoint of the base model, see ``open_checkpoint``. Only its headers and its config are read.
+        source: path or URL of a directory with ``adapter_config.json`` and ``adapter_model.safetensors``, in any of the
+            forms; or a repository of the Hub with them.
+        destination: path of a directory that is new, or has no weights in it; or a URL, see ``convert_checkpoint``.
+        base: the checkpoint of the base model, see ``open_checkpoint``. Only its headers and its config are read. Its
+            revision and folder are those that its URL states, as in ``hf://org/name@revision/folder``.
         layout: the new form: "per_expert", "transformers" or "vllm".
         progress: show a progress bar.
+        **options: see ``SourceOptions``.
 
     Returns:
         An ``AdapterReport``: the modules, and what is zero or left out.
@@ -152,10 +159,11 @@ def convert_adapter(
     """
     began = time.perf_counter()
     form = checked_form(layout)
-    directory = local_path(destination)
-    adapter = open_adapter(source)
-    model = base_of(open_checkpoint(base), dequantize=True)
-    shard, reformed, copied = write_reformed(adapter, model, directory, form, progress)
+    settings = SourceSettings(**options)
+    folder = folder_of(destination, settings)
+    adapter = open_adapter(source, settings=settings.shared(source), companions=True)
+    model = base_of(open_checkpoint(base, **settings.further(base).source()), dequantize=True)
+    shard, reformed, copied = write_reformed(adapter, model, folder, form, progress)
     return AdapterReport(
         files=(shard.name,),
         modules=tuple(module.name for module in reformed.modules),
@@ -169,6 +177,7 @@ def convert_adapter(
 
 
 @door("merging")
+@keyword_options(SourceOptions, SourceSettings)
 def merge_adapter(
     base: str | os.PathLike[str],
     adapter: AdapterArgument,
@@ -184,6 +193,7 @@ def merge_adapter(
     threads: int | None = None,
     scratch_bytes: int | None = None,
     progress: bool = False,
+    **options: Unpack[SourceOptions],
 ) -> ConvertReport:
     """Merge an adapter into a checkpoint on disk, in bounded memory and without loading the model.
 
@@ -195,10 +205,10 @@ def merge_adapter(
 
     Args:
         base: the checkpoint of the base model; see ``source`` of ``convert_checkpoint``.
-        adapter: path of a directory with ``adapter_config.json`` and ``adapter_model.safetensors``, in any form that
-            ``convert_adapter`` reads. Or a list of pairs of such a path and a weight: the adapters' products are
-            multiplied by their weights and added up.
-        destination: path of a directory that is new, or has no weights in it.
+        adapter: path, URL or repository of an adapter, in any form that ``convert_adapter`` reads. Its revision and
+            folder are those that its URL states, as in ``hf://org/name@revision/folder``. Or a list of pairs of such a
+            path and a weight: the adapters' products are multiplied by their weights and added up.
+        destination: path of a directory that is new, or has no weights in it; or a URL, see ``convert_checkpoint``.
         layout: see ``convert_checkpoint``. None: the names and the layout of the base.
         dtype: dtype of all floating-point tensors; see ``convert_checkpoint``. Weights are cast to it before the sum,
             which is rounded to it again. None: the dtypes that they have.
@@ -207,6 +217,7 @@ def merge_adapter(
         max_shard_size, resume, verify, checksums, threads, progress: see ``convert_checkpoint``.
         scratch_bytes: bound of the memory used, in bytes. None: 256 MiB. The matrices that one layer's tensors need in
             turns are in memory whatever their size.
+        **options: see ``SourceOptions``.
 
     Returns:
         A ``ConvertReport``, whose ``adapted`` lists the tensors that changed.
@@ -239,8 +250,9 @@ def merge_adapter(
         >>> report.adapted, tensors["proj.weight"].tolist()
         (('proj.weight',), [[2.0, 2.0, 2.0], [4.0, 4.0, 4.0]])
     """
-    adapters = open_adapters(adapter)
-    options = {
+    settings = SourceSettings(**options)
+    adapters = open_adapters(adapter, settings)
+    conversion = {
         "rules": [] if layout is None else None,
         "layout": layout,
         "source_layout": None,
@@ -250,4 +262,4 @@ def merge_adapter(
         "max_shard_size": max_shard_size,
     }
     writing = Writing(resume, verify, checksums, threads, scratch_bytes, progress)
-    return convert(base, destination, options, writing, adapters)
+    return convert(base, folder_of(destination, settings), settings, conversion, writing, adapters)

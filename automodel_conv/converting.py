@@ -7,14 +7,18 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from typing_extensions import Unpack
 
 from automodel_conv.compiling.carrying import checked_patterns
-from automodel_conv.doors import door
+from automodel_conv.doors import door, keyword_options
+from automodel_conv.files.source_options import SourceOptions, SourceSettings
+from automodel_conv.files.uploads.folder_by_path import folder_of
 from automodel_conv.publishing.conversion_files import Writing, convert
 from automodel_conv.publishing.convert_report import ConvertReport
 
 
 @door("converting")
+@keyword_options(SourceOptions, SourceSettings)
 def convert_checkpoint(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
@@ -32,6 +36,7 @@ def convert_checkpoint(
     threads: int | None = None,
     scratch_bytes: int | None = None,
     progress: bool = False,
+    **options: Unpack[SourceOptions],
 ) -> ConvertReport:
     """Convert a checkpoint on disk to another layout of its experts, in bounded memory.
 
@@ -48,9 +53,11 @@ def convert_checkpoint(
     for byte under their own names, or decoded with ``dequantize``.
 
     Args:
-        source: a directory, an index file, one ``.safetensors`` file, or ``org/name`` on the Hub. Files of a repository
-            that are not in the cache are downloaded first, except weights that do not belong to the checkpoint.
-        destination: path of a directory that is new, or has no weights in it.
+        source: a directory, an index file, one ``.safetensors`` file, ``org/name`` on the Hub, or a URL; see
+            ``open_checkpoint``. Weights that are not on this machine are read by range.
+        destination: path of a directory that is new, or has no weights in it; ``s3://bucket/prefix``; or
+            ``hf://org/name``, with ``@branch`` for another branch than the main one. Each file that is written for a
+            URL is uploaded and then removed from this machine.
         rules: rule objects of transformers. None: the rules of the model that ``config.json`` describes. ``[]``: keep
             all names, to change only the layout, the dtype or the file size.
         layout: layout of the routed experts in the destination: "transformers", "nemo", "gpt_oss", "vllm"; one for
@@ -84,6 +91,7 @@ def convert_checkpoint(
         threads: number of threads that copy and write. None: the number of cores, at most 16.
         scratch_bytes: bound of the memory used, in bytes. None: 256 MiB.
         progress: show a progress bar in bytes, GB/s and time left.
+        **options: see ``SourceOptions``. ``storage_options`` and ``token`` are for the destination too.
 
     Returns:
         A ``ConvertReport``: names of the files, tensors that were carried and left out, bytes, seconds and memory.
@@ -114,9 +122,11 @@ def convert_checkpoint(
         >>> converted.names, converted.dtypes, report.left_out
         (['norm.weight'], ['BF16'], ('mtp.norm.weight',))
     """
+    settings = SourceSettings(**options)
     return convert(
         source,
-        destination,
+        folder_of(destination, settings),
+        settings,
         {
             "rules": None if rules is None else list(rules),
             "layout": layout,

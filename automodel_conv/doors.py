@@ -63,7 +63,7 @@ def keyword_options(
     entry of its own. The entry stays as it is if there is no source code to read them from.
 
     Args:
-        options: the TypedDict. It and its bases are defined in one module.
+        options: the TypedDict.
         settings: a class with a parameter for each key. Its ``__init__`` has their annotations and defaults.
         defaults: defaults of this function that differ from those of ``settings``.
     """
@@ -86,12 +86,13 @@ def keyword_options(
 
 
 def key_docs(options: type) -> dict[str, str]:
-    """Return the text below each key of a TypedDict, with those of its bases in the same module; {} without source.
+    """Return the text below each key of a TypedDict, with those of its bases; {} without source.
 
     Python keeps no strings below keys, so they are parsed from the source code of the module.
     """
+    module = inspect.getmodule(options)
     try:
-        tree = ast.parse(inspect.getsource(inspect.getmodule(options)))  # type: ignore[arg-type]
+        tree = ast.parse(inspect.getsource(module))  # type: ignore[arg-type]
     except (OSError, TypeError):
         return {}
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
@@ -101,7 +102,8 @@ def key_docs(options: type) -> dict[str, str]:
             return {}
         docs: dict[str, str] = {}
         for base in classes[name].bases:
-            docs |= docs_of(base.id) if isinstance(base, ast.Name) else {}
+            if isinstance(base, ast.Name):
+                docs |= docs_of(base.id) if base.id in classes else key_docs(getattr(module, base.id, dict))
         body = classes[name].body
         for key, text in pairwise(body):
             if isinstance(key, ast.AnnAssign) and isinstance(key.target, ast.Name) and isinstance(text, ast.Expr):

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from automodel_conv.compiling.to_checkpoint import saving_plan
 from automodel_conv.compiling.to_model import loading_plan
 from automodel_conv.destinations.ties import in_order, unequal_ties, with_tied
 from automodel_conv.distributed.placements import is_distributed
-from automodel_conv.doors import door
+from automodel_conv.doors import door, keyword_options
 from automodel_conv.errors import ConversionError, UnsupportedError, message
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.copy_batch import uses_kernels
@@ -26,6 +27,7 @@ from automodel_conv.execution.memory import convert_tensors, is_unchanged
 from automodel_conv.execution.new_memory import NewMemory
 from automodel_conv.execution.report_text import count_row, text_of
 from automodel_conv.files.checkpoint import open_checkpoint
+from automodel_conv.files.source_options import SourceOptions, SourceSettings
 from automodel_conv.planning.kept_codes import refuse_codes_without_scales
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.publishing.saved import not_saved
@@ -118,6 +120,7 @@ def convert_state_dict(
 
 
 @door("converting")
+@keyword_options(SourceOptions, SourceSettings)
 def revert_state_dict(
     state_dict: Mapping[str, Tensor],
     model: nn.Module | None = None,
@@ -127,6 +130,7 @@ def revert_state_dict(
     reference: str | os.PathLike[str] | None = None,
     out: Mapping[str, Tensor] | None = None,
     backend: str = "auto",
+    **options: Unpack[SourceOptions],
 ) -> ConvertedStateDict:
     """Convert tensors with model names back to tensors with checkpoint names, one tensor for each expert.
 
@@ -141,11 +145,13 @@ def revert_state_dict(
             of ``model``, ``rules``, ``layout`` and ``reference`` is needed.
         layout: layout of the experts in ``state_dict``; see ``convert_state_dict``. A layout that pads needs a
             ``model`` with the sizes without padding. None: the layout of the model's own parameters.
-        reference: path of a checkpoint whose names to restore exactly. Only its headers are read.
+        reference: path, URL or repository of a checkpoint whose names to restore exactly; see ``open_checkpoint``. Only
+            its headers are read.
         out: tensors to write, by target name. Each target needs one, of its shape and dtype. The result of an earlier
             call fits; tensors in it that are tensors of ``state_dict`` stay as they are. None: allocate them.
         backend: "triton": kernels, and torch on the same device for copies that no kernel fits. "torch": torch only.
             "auto": "triton" for tensors on one GPU on which Triton can run, else "torch".
+        **options: see ``SourceOptions``.
 
     Returns:
         The tensors by their names in a checkpoint: a dict with a ``report``, which lists the names in ``reference``
@@ -172,7 +178,7 @@ def revert_state_dict(
     """
     _require_any(model, rules, layout, reference)
     model = None if model is None else plain_model(model)
-    opened = None if reference is None else open_checkpoint(reference)
+    opened = None if reference is None else open_checkpoint(reference, **options)
     plan = saving_plan(state_table(state_dict), model=model, rules=rules, layout=layout, reference=opened)
     refuse_codes_without_scales(plan)
     reverted = _run(plan, state_dict, out, backend)

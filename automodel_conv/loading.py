@@ -16,9 +16,10 @@ from automodel_conv.destinations.device_map import device_map_of
 from automodel_conv.destinations.devices import loadable
 from automodel_conv.destinations.model import ModelTensors, devices_of_new, regions_of
 from automodel_conv.destinations.ties import in_order, unequal_ties, with_tied
-from automodel_conv.distributed.collectives import all_or_raise, groups_of, send_replicas, union_over_ranks
+from automodel_conv.distributed.collectives import all_or_raise, groups_of, union_over_ranks
+from automodel_conv.distributed.node_replicas import nodes_for
 from automodel_conv.distributed.placements import all_as_distributed, meshes_of
-from automodel_conv.distributed.replicas import targets_to_read
+from automodel_conv.distributed.replicas import send_shared, targets_to_read
 from automodel_conv.doors import door, keyword_options
 from automodel_conv.execution.adding import add_to_tensors, merge_bytes
 from automodel_conv.execution.checksums import verify_checksums
@@ -94,6 +95,7 @@ def load_state_dict(
     model = None if model is None else plain_model(model)
     state = {} if model is None else model.state_dict(keep_vars=True)
     groups = groups_of(meshes_of(state.values()))
+    nodes = nodes_for(settings.broadcast, groups)
     with all_or_raise(groups, "loading"):
         device_map = device_map_of(settings.device_map, device, "cpu")
         single_device = loadable(device)
@@ -108,7 +110,7 @@ def load_state_dict(
         if settings.verify:
             verify_checksums(checkpoint, settings.reader_threads)
         devices = devices_of_new(own_plan.targets, state, device_of)
-        read_plan, shared_names = targets_to_read(own_plan, state, settings.broadcast)
+        read_plan, shared_names = targets_to_read(own_plan, state, settings.broadcast, nodes)
         mapped = map_targets(read_plan, checkpoint, devices) if settings.memory_map else {}
         buffers = mapped_or_new(own_plan.targets, mapped, devices)
         clock.lap("plan")
@@ -117,7 +119,7 @@ def load_state_dict(
         limits = limits_in_budget(settings.memory_budget, settings.limits, to_fill, buffers, extra_bytes)
         stats = fill(without_targets(read_plan, mapped), checkpoint, buffers, limits, progress=settings.progress)
         clock.lap("read")
-    send_replicas([state[name] for name in shared_names], [buffers[name] for name in shared_names])
+    send_shared([state[name] for name in shared_names], [buffers[name] for name in shared_names], nodes)
     if merge is not None:
         with all_or_raise(groups, "merging the adapter"):
             add_to_tensors(buffers, *merge, settings.reader_threads)
@@ -192,6 +194,7 @@ def load_model(model: nn.Module, path: str | os.PathLike[str], **options: Unpack
     model = plain_model(model)
     state = model.state_dict(keep_vars=True)
     groups = groups_of(meshes_of(state.values()))
+    nodes = nodes_for(settings.broadcast, groups)
     with all_or_raise(groups, "loading"):
         device_map = device_map_of(settings.device_map, settings.device, None)
         single_device = None if settings.device is None else loadable(settings.device)
@@ -207,7 +210,7 @@ def load_model(model: nn.Module, path: str | os.PathLike[str], **options: Unpack
         was_meta = any(tensor.is_meta for tensor in state.values() if isinstance(tensor, Tensor))
 
         def map_new(new_plan: CopyPlan, devices: Mapping[str, torch.device]) -> dict[str, Tensor]:
-            read_plan, _ = targets_to_read(new_plan, state, settings.broadcast)
+            read_plan, _ = targets_to_read(new_plan, state, settings.broadcast, nodes)
             return map_targets(read_plan, checkpoint, devices) if settings.memory_map else {}
 
         model_tensors = ModelTensors.prepare(model, state, plan, settings.strict, device_of, map_new)
@@ -218,7 +221,7 @@ def load_model(model: nn.Module, path: str | os.PathLike[str], **options: Unpack
             0 if merge is None else merge_bytes(merge.factors, settings.reader_threads)
         )
         limits = limits_in_budget(settings.memory_budget, settings.limits, to_fill, model_tensors.buffers, extra_bytes)
-        read_plan, shared_names = targets_to_read(model_tensors.plan, state, settings.broadcast)
+        read_plan, shared_names = targets_to_read(model_tensors.plan, state, settings.broadcast, nodes)
         stats = fill(
             without_targets(read_plan, model_tensors.mapped),
             checkpoint,
@@ -227,7 +230,7 @@ def load_model(model: nn.Module, path: str | os.PathLike[str], **options: Unpack
             progress=settings.progress,
         )
         clock.lap("read")
-    send_replicas([state[name] for name in shared_names], [model_tensors.buffers[name] for name in shared_names])
+    send_shared([state[name] for name in shared_names], [model_tensors.buffers[name] for name in shared_names], nodes)
     if merge is not None:
         with all_or_raise(groups, "merging the adapter"):
             add_to_tensors(model_tensors.buffers, *merge, settings.reader_threads)

@@ -16,8 +16,9 @@ _COLUMNS, _ROWS = 80, 24
 class SharedBar:
     """One progress bar for several tasks that run at the same time; any thread may call it."""
 
-    def __init__(self, bar: Any):
+    def __init__(self, bar: Any, note: Callable[[], str] | None = None):
         self._bar = bar
+        self._note = note
         self._lock = threading.Lock()
 
     def add(self, nbytes: int) -> None:
@@ -29,14 +30,23 @@ class SharedBar:
     def advance(self, nbytes: int) -> None:
         """Advance the bar by bytes that are done."""
         with self._lock:
+            if self._note is not None:
+                self._bar.set_postfix_str(self._note(), refresh=False)
             self._bar.update(nbytes)
 
 
 @contextmanager
-def shared_progress(description: str, enabled: bool) -> Iterator[SharedBar | bool]:
+def shared_progress(
+    description: str, enabled: bool, note: Callable[[], str] | None = None
+) -> Iterator[SharedBar | bool]:
     """Yield a bar that several tasks accept as their ``progress``, or False if not enabled.
 
     The bar is tqdm's, with GB and GB/s on standard error. tqdm is imported only if the bar is enabled.
+
+    Args:
+        description: label of the bar.
+        enabled: whether there is a bar.
+        note: returns a text that follows the numbers; None for no text.
     """
     if not enabled:
         yield False
@@ -47,7 +57,7 @@ def shared_progress(description: str, enabled: bool) -> Iterator[SharedBar | boo
     with tqdm(
         total=0, desc=description, unit="B", unit_scale=True, unit_divisor=1000, ncols=columns, nrows=rows
     ) as bar:
-        yield SharedBar(bar)
+        yield SharedBar(bar, note)
 
 
 def _has_no_size(stream: Any) -> bool:

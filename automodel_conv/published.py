@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from automodel_conv.doors import door
+from automodel_conv.doors import door, keyword_options
+from automodel_conv.files.source_options import SourceOptions, SourceSettings
 from automodel_conv.publishing.named_tensors import named_tensors
 
 
 @door("publishing")
+@keyword_options(SourceOptions, SourceSettings)
 def published_tensors(
     module: nn.Module,
     *,
@@ -22,6 +25,7 @@ def published_tensors(
     reference: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | None = None,
     contiguous: bool = False,
+    **options: Unpack[SourceOptions],
 ) -> Iterator[tuple[str, Tensor]]:
     """Iterate over the tensors of a model under the names of a checkpoint, one tensor for each expert.
 
@@ -45,12 +49,13 @@ def published_tensors(
         rules: rule objects of transformers; they are reversed. None: the model's own rules. ``[]``: keep the names.
         layout: layout of the experts in the model: "transformers", "nemo", "gpt_oss" or "vllm". None: the layout of
             the model's own parameters.
-        reference: path of the checkpoint that the model comes from. Its names and shapes are restored, for engines that
-            accept only those: transformers saves some types in another form than they are published in (Qwen3-VL-MoE
-            with experts that are not transposed). Only its headers are read.
+        reference: the checkpoint that the model comes from, see ``open_checkpoint``. Its names and shapes are restored,
+            for engines that accept only those: transformers saves some types in another form than they are published
+            in (Qwen3-VL-MoE with experts that are not transposed). Only its headers are read.
         dtype: dtype of all floating-point tensors, except those that a transformers model keeps in float32. Tensors
             of other dtypes are cast, one at a time. None: the dtypes that they have.
         contiguous: copy views that are not contiguous, such as those of transposed layouts.
+        **options: see ``SourceOptions``.
 
     Returns:
         An iterator of pairs of a name and a tensor, in the order in which ``save_pretrained`` writes them, or in that
@@ -80,6 +85,6 @@ def published_tensors(
         >>> up.untyped_storage().data_ptr() == experts.gate_up_proj.untyped_storage().data_ptr()
         True
     """
-    named = named_tensors(module, rules=rules, layout=layout, reference=reference, dtype=dtype)
+    named = named_tensors(module, rules=rules, layout=layout, reference=reference, dtype=dtype, **options)
     pairs = named.whole(named.plan.targets)
     return ((name, tensor.contiguous()) for name, tensor in pairs) if contiguous else pairs

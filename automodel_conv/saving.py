@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from automodel_conv.compiling.experts import refuse_missing_experts
 from automodel_conv.compiling.marks import naming_of_save
@@ -20,18 +21,20 @@ from automodel_conv.compiling.to_checkpoint import saving_plan
 from automodel_conv.distributed.collectives import all_or_raise, require_same_on_all
 from automodel_conv.distributed.holders import checksums_of_parts, find_holders, refuse_unlike_replicas
 from automodel_conv.distributed.placements import local_of, meshes_of
-from automodel_conv.doors import door
+from automodel_conv.distributed.shared_folder import refuse_unshared
+from automodel_conv.doors import door, keyword_options
 from automodel_conv.dtypes import dtype_code
 from automodel_conv.errors import UnsupportedError, kind_of, message
 from automodel_conv.execution.adding import Additions, merge_bytes
 from automodel_conv.execution.factors import KEPT_BYTES
 from automodel_conv.execution.report_text import Row, cost_rows, count_row, memory_row, text_of
-from automodel_conv.execution.tensor_slabs import LocalTensor, tensor_slabs
-from automodel_conv.execution.writing import ScratchSplit, split_scratch, write_slabs
-from automodel_conv.files.checkpoint import open_checkpoint, open_downloaded
-from automodel_conv.files.destination import open_destination
-from automodel_conv.files.remote import local_path
+from automodel_conv.execution.tensor_slabs import LocalTensor, TensorSlabs, tensor_slabs
+from automodel_conv.execution.writing import ScratchSplit, SlabGroup, split_scratch, write_slabs
+from automodel_conv.files.checkpoint import open_checkpoint, open_source
+from automodel_conv.files.source_options import SourceOptions, SourceSettings
 from automodel_conv.files.staging import staged_path
+from automodel_conv.files.uploads.folder_by_path import folder_of
+from automodel_conv.files.uploads.output_folders import OutputFolder
 from automodel_conv.lora.adapter import Adapter
 from automodel_conv.lora.forms import PER_EXPERT, TRANSFORMERS
 from automodel_conv.lora.merging import Merge, plan_merge
@@ -43,7 +46,7 @@ from automodel_conv.planning.quantization import arranged_plan
 from automodel_conv.planning.sharding import region_of
 from automodel_conv.progress import bytes_progress
 from automodel_conv.publishing.carrying import carried_from
-from automodel_conv.publishing.save_files import begin_save, finish_save
+from automodel_conv.publishing.save_files import begin_save, commit_save, create_files, finish_files
 from automodel_conv.publishing.saved import (
     not_saved,
     places_in,
@@ -108,6 +111,7 @@ class SaveReport:
 
 
 @door("saving")
+@keyword_options(SourceOptions, SourceSettings)
 def save_checkpoint(
     model_or_state_dict: nn.Module | Mapping[str, Tensor],
     directory: str | os.PathLike[str],
@@ -123,6 +127,7 @@ def save_checkpoint(
     threads: int | None = None,
     scratch_bytes: int | None = None,
     progress: bool = False,
+    **options: Unpack[SourceOptions],
 ) -> SaveReport:
     """Write a checkpoint under its published names, straight from a model, or from a state dict with ``rules``.
 
@@ -143,15 +148,17 @@ def save_checkpoint(
         model_or_state_dict: a model, which torch may have wrapped (see ``compile_plan``), or its tensors by name. Names
             of a state dict are used without ``_orig_mod``, unless ``rules=[]`` keeps them. ``module.`` in front of all
             names stays, because only a model shows whether it belongs to them.
-        directory: path of a directory that is new, or has no weights in it.
+        directory: path of a directory that is new, or has no weights in it; or a URL, see ``convert_checkpoint``. Ranks
+            that save to a URL must share the folder in which files wait for their upload, as ranks of one node do.
         rules: rule objects of transformers; they are reversed. None: the model's own rules. ``[]``: keep the names. A
             state dict needs ``rules``, ``layout`` or ``reference``; only ``rules`` split its grouped experts.
         layout: layout of the experts in the model or state dict: "transformers", "nemo", "gpt_oss" or "vllm". None: the
             layout of the model's own parameters.
-        reference: path of a checkpoint. Its names, and its division into files, are restored. To split grouped
-            experts of a state dict, pass ``rules`` too.
-        carry: path of the checkpoint that the model comes from. Its tensors that the model has no place for, such as
-            layers for multi-token prediction and draft heads, are written byte for byte under their own names.
+        reference: path, URL or repository of a checkpoint; see ``open_checkpoint``. Its names, and its division into
+            files, are restored. To split grouped experts of a state dict, pass ``rules`` too.
+        carry: the checkpoint that the model comes from, see ``open_checkpoint``. Its tensors that the model has no
+            place for, such as layers for multi-token prediction and draft heads, are written byte for byte under their
+            own names.
             Quantized ones are decoded, unless the tensors to save are codes themselves. With a state dict, these
             are all tensors of that checkpoint from which no tensor of the state dict is built. So the state dict must
             contain all names of tied tensors, not only one of them.
@@ -168,6 +175,8 @@ def save_checkpoint(
         threads: number of threads that copy and write. None: the number of cores, at most 16.
         scratch_bytes: bound of the memory used in addition to the tensors, in bytes. None: 64 MiB.
         progress: show a progress bar in bytes and GB/s.
+        **options: see ``SourceOptions``. They are for ``reference`` and ``carry``; ``storage_options`` and ``token``
+            are for ``directory`` too.
 
     Returns:
         A ``SaveReport``: names of the files, tensors that were carried and left out, bytes, seconds and memory.
@@ -201,13 +210,14 @@ def save_checkpoint(
         (['bias', 'weight'], torch.bfloat16)
     """
     began = time.perf_counter()
+    settings = SourceSettings(**options)
     rules = None if rules is None else list(rules)
     adapters: tuple[Adapter, ...] = ()
     if adapter is not None:
         form = _form_of(adapter)
         model, adapters = base_and_adapters(model_or_state_dict)
         if form is not None:
-            return _save_adapter(model, adapters, local_path(directory), form, progress, began)
+            return _save_adapter(model, adapters, folder_of(directory, settings), form, progress, began)
     else:
         model = plain_model(model_or_state_dict) if isinstance(model_or_state_dict, nn.Module) else None
     state = model.state_dict() if model is not None else model_or_state_dict
@@ -215,7 +225,7 @@ def save_checkpoint(
         raise UnsupportedError(message("neither a model nor a state dict", found=kind_of(state)))
     groups = [dist.group.WORLD] if meshes_of(state.values()) else []
     with all_or_raise(groups, "planning what to save"):
-        directory = local_path(directory)
+        folder = folder_of(directory, settings)
         if model is None and rules is None and layout is None and reference is None:
             raise UnsupportedError(
                 message(
@@ -228,7 +238,7 @@ def save_checkpoint(
         saved = saved_tensors(model) if model is not None else state
         tensors = saved if keeps_names or model is not None else plain_tensors(saved)
         refuse_unlike_stored(tensors)
-        opened = None if reference is None else open_checkpoint(reference)
+        opened = None if reference is None else open_checkpoint(reference, **settings.shared(reference).source())
         plan = saving_plan(state_table(tensors), model=model, rules=rules, layout=layout, reference=opened)
         refuse_codes_without_scales(plan)
         merge = None
@@ -236,7 +246,7 @@ def save_checkpoint(
             base = base_in_memory(model, plan)
             merge = plan_merge(arranged_plan(base.table), adapters, base)
         plan = with_dtype(plan, dtype, model, rules)
-        source = None if carry is None else open_downloaded(carry)
+        source = None if carry is None else open_source(carry, settings.shared(carry))
         code = None if dtype is None else dtype_code(dtype)
         carried = None if source is None else carried_from(source, plan, model, rules, layout, code)
         targets = plan.targets if carried is None else (*plan.targets, *carried.targets)
@@ -272,21 +282,32 @@ def save_checkpoint(
         with all_or_raise(groups, "starting the save"):
             destination = None
             if is_first:
-                opening = open_destination(directory, shards, None, index_name=naming.index_name)
+                opening = folder.open(shards, None, index_name=naming.index_name)
                 destination = cleanup.enter_context(opening)
-                begin_save(destination, shards, model, dtype)
+                begin_save(destination, [], model, dtype)
         nbytes = sum(group.nbytes for group in own_slabs) + (0 if carried_slabs is None else carried_slabs.nbytes)
-        with all_or_raise(groups, "saving"), bytes_progress(nbytes, "saving", progress) as advance:
-            for file, shard in enumerate(shards):
-                starts = [group.start if additions is None else additions.added(group.start) for group in own_slabs]
-                slabs = [(group.by_file.get(file, []), start) for group, start in zip(own_slabs, starts, strict=True)]
-                with nullcontext() if carried_slabs is None else carried_slabs.opened(file) as file_slabs:
-                    slabs += [] if file_slabs is None else [file_slabs]
-                    if any(group for group, _ in slabs) or is_first:
-                        write_slabs(slabs, staged_path(directory, shard.name), limits.threads, advance)
+        numbers = {shard.name: file for file, shard in enumerate(shards)}
+        with bytes_progress(nbytes, "saving", progress) as advance:
+            for batch in folder.batches(shards):
+                with all_or_raise(groups, "starting the save"):
+                    if destination is not None:
+                        create_files(destination, batch)
+                if folder.is_remote:
+                    refuse_unshared(groups, staged_path(folder.directory, batch[0].name))
+                with all_or_raise(groups, "saving"):
+                    for shard in batch:
+                        file = numbers[shard.name]
+                        slabs = _slabs_of(file, own_slabs, additions)
+                        with nullcontext() if carried_slabs is None else carried_slabs.opened(file) as file_slabs:
+                            slabs += [] if file_slabs is None else [file_slabs]
+                            if any(group.slabs for group in slabs) or is_first:
+                                write_slabs(slabs, staged_path(folder.directory, shard.name), limits.threads, advance)
+                with all_or_raise(groups, "finishing the save"):
+                    if destination is not None:
+                        finish_files(destination, batch, limits.threads if checksums else 0)
         with all_or_raise(groups, "finishing the save"):
             if destination is not None:
-                finish_save(destination, shards, model, naming, limits.threads if checksums else 0)
+                commit_save(destination, shards, model, naming, limits.threads if checksums else 0)
     return SaveReport(
         files=tuple(shard.name for shard in shards),
         bytes_written=sum(shard.nbytes for shard in shards),
@@ -296,8 +317,18 @@ def save_checkpoint(
             *(() if carried is None else carried.left_out),
         ),
         seconds=time.perf_counter() - began,
-        peak_extra_bytes=limits.scratch_bytes + (0 if merge is None else _merge_bytes(merge, limits)),
+        peak_extra_bytes=limits.scratch_bytes
+        + (0 if merge is None else _merge_bytes(merge, limits))
+        + folder.upload_bytes,
     )
+
+
+def _slabs_of(file: int, groups: Sequence[TensorSlabs], additions: Additions | None) -> list[SlabGroup]:
+    """Return the slabs of a file from tensors."""
+    return [
+        SlabGroup(group.by_file.get(file, []), group.start if additions is None else additions.added(group.start))
+        for group in groups
+    ]
 
 
 def _merge_bytes(merge: Merge, limits: ScratchSplit) -> int:
@@ -320,14 +351,14 @@ def _form_of(adapter: str) -> str | None:
 
 
 def _save_adapter(
-    model: nn.Module, adapters: Sequence[Adapter], directory: str, form: str, progress: bool, began: float
+    model: nn.Module, adapters: Sequence[Adapter], folder: OutputFolder, form: str, progress: bool, began: float
 ) -> SaveReport:
     """Save only the adapter of a model, in a form.
 
     Args:
         model: the base model, without adapters.
         adapters: its active adapters.
-        directory: path of the directory.
+        folder: the destination.
         form: name of the form.
         progress: whether to show a progress bar.
         began: time at which the save began.
@@ -339,12 +370,12 @@ def _save_adapter(
         found = [adapter.path for adapter in adapters]
         do = 'activate one with set_adapter(), or save {adapter="merged"}'
         raise UnsupportedError(message("only one adapter can be saved", expected="one active", found=found, do=do))
-    written = write_reformed(adapters[0], published_base(model), directory, form, progress)
+    written = write_reformed(adapters[0], published_base(model), folder, form, progress)
     return SaveReport(
         files=(written.shard.name,),
         bytes_written=written.shard.nbytes,
         carried=(),
         left_out=written.reformed.left_out,
         seconds=time.perf_counter() - began,
-        peak_extra_bytes=KEPT_BYTES,
+        peak_extra_bytes=KEPT_BYTES + folder.upload_bytes,
     )

@@ -17,7 +17,8 @@ from automodel_conv.errors import UnsupportedError, listing, message
 from automodel_conv.execution.filling import fill, limits_in_budget
 from automodel_conv.execution.reading import read_each
 from automodel_conv.execution.report import Clock, LoadedStateDict, LoadReport, report_of
-from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint, open_downloaded
+from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint, open_source
+from automodel_conv.files.source_options import SourceOptions, SourceSettings
 from automodel_conv.loading_code.calling import Calls, Load, Targets
 from automodel_conv.loading_code.computing import computed_values
 from automodel_conv.loading_code.dry_run import Traced, traced
@@ -30,12 +31,14 @@ from automodel_conv.planning.problems import Problems
 
 
 @door("planning")
+@keyword_options(SourceOptions, SourceSettings)
 def trace_loader(
     load: Callable[[Any], Any],
     checkpoint: Checkpoint | str | os.PathLike[str],
     targets: nn.Module | Mapping[str, Tensor] | None = None,
     *,
     calls: Literal["pairs", "dict"] = "pairs",
+    **options: Unpack[SourceOptions],
 ) -> CopyPlan:
     """Run loading code on tensors without data, and return the plan of the copies that it makes.
 
@@ -49,6 +52,7 @@ def trace_loader(
         targets: what the code fills: a module, or tensors by name. None: it returns tensors.
         calls: what the code is called with: "pairs", an iterator of pairs of names and tensors, or "dict", a dict of
             tensors by name.
+        **options: see ``SourceOptions``; not used with an open checkpoint.
 
     Returns:
         The proved plan. Targets that only the code itself can fill, because it computes them, are not in it.
@@ -73,7 +77,7 @@ def trace_loader(
         >>> plan.target("qkv").shape, plan.bytes_read
         ((3, 6), 72)
     """
-    checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+    checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint, **options)
     return _traced(load, checkpoint, targets, calls).plan
 
 
@@ -93,7 +97,7 @@ def load_with(
 
     Args:
         load: the loading code, such as a model's ``load_weights``, or the ``from_hf`` of an adapter.
-        path: what ``load_model`` takes, or an open checkpoint whose files are on this machine. The code gets tensors by
+        path: what ``load_model`` takes, or an open checkpoint. The code gets tensors by
             file, and by their place in it.
         targets: what the code fills: a module, or tensors by name. Tensors with data are filled in place. In a module,
             those without data, and those that the code replaces, become new ones; other attributes change as the code
@@ -137,7 +141,7 @@ def load_with(
     if isinstance(path, Checkpoint):
         checkpoint = path
     else:
-        checkpoint = open_downloaded(path, revision=settings.revision, by_range=True)
+        checkpoint = open_source(path, settings)
     clock.lap("open")
     trace = _kept_or_traced(load, checkpoint, targets, settings)
     _refuse_budget(trace, settings)
@@ -192,7 +196,7 @@ def _kept_or_traced(load: Load, checkpoint: Checkpoint, targets: Targets, settin
     """Return a trace from the cache, or trace and keep the trace there."""
     if settings.trace_cache is None or settings.trace_key is None:
         return _traced(load, checkpoint, targets, settings.calls)
-    directory = os.fspath(settings.trace_cache)
+    directory = os.path.expanduser(os.fspath(settings.trace_cache))
     sources = SourceTable.from_checkpoint(checkpoint)
     digest = digest_of(load, sources, targets, settings.calls, settings.trace_key)
     trace = kept_trace(directory, digest, targets)

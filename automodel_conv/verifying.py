@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from typing_extensions import Unpack
 
 from automodel_conv.compiling.carrying import dropped_rows
 from automodel_conv.compiling.marks import stated_layout
-from automodel_conv.doors import door
+from automodel_conv.doors import door, keyword_options
 from automodel_conv.dtypes import FLOATING
 from automodel_conv.errors import (
     VerificationError,
@@ -22,8 +23,9 @@ from automodel_conv.execution.file_slabs import FileSlabs
 from automodel_conv.execution.writing import (
     split_scratch,
 )
-from automodel_conv.files.checkpoint import Checkpoint, open_downloaded, rows_by_file
+from automodel_conv.files.checkpoint import Checkpoint, open_source, rows_by_file
 from automodel_conv.files.shards import Shard, Spec
+from automodel_conv.files.source_options import SourceOptions, SourceSettings
 from automodel_conv.planning.code_names import names_of_codes
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.layouts import holds_grouped_experts, layout_from_name
@@ -45,6 +47,7 @@ class Verified(NamedTuple):
 
 
 @door("verifying")
+@keyword_options(SourceOptions, SourceSettings)
 def verify_checkpoint(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
@@ -58,6 +61,7 @@ def verify_checkpoint(
     threads: int | None = None,
     scratch_bytes: int | None = None,
     progress: bool = False,
+    **options: Unpack[SourceOptions],
 ) -> int:
     """Check that a checkpoint is, bit for bit, the result of ``convert_checkpoint`` for another checkpoint.
 
@@ -65,9 +69,9 @@ def verify_checkpoint(
     layout, two checkpoints that have the same names, except those to drop, are compared as they are.
 
     Args:
-        source: path of the checkpoint that was converted: a directory, an index file, one ``.safetensors`` file, or
-            ``org/name`` on the Hub. Files of a repository that are not in the cache are downloaded first.
-        destination: path of the checkpoint to check. Its tensors may be divided among files in any way.
+        source: path, URL or repository of the checkpoint that was converted; see ``open_checkpoint``.
+        destination: the checkpoint to check, also as ``open_checkpoint`` takes it. Its tensors may be divided among
+            files in any way.
         rules: rule objects of transformers. None: the rules of the model that ``config.json`` describes. ``[]``: keep
             all names.
         layout: layout of the routed experts in the destination: "transformers", "nemo", "gpt_oss", "vllm", or
@@ -82,6 +86,7 @@ def verify_checkpoint(
         threads: number of threads that read and compare. None: the number of cores, at most 16.
         scratch_bytes: bound of the memory used, in bytes. None: 256 MiB.
         progress: show a progress bar in bytes, GB/s and time left.
+        **options: see ``SourceOptions``; ``revision``, ``subfolder`` and ``variant`` are those of ``source``.
 
     Returns:
         The number of bytes compared, which is the size of all tensors in the destination.
@@ -115,11 +120,13 @@ def verify_checkpoint(
         threads=threads,
         scratch_bytes=scratch_bytes,
         progress=progress,
+        **options,
     )
     return verified.nbytes
 
 
 @door("verifying")
+@keyword_options(SourceOptions, SourceSettings)
 def compare_checkpoints(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
@@ -133,10 +140,13 @@ def compare_checkpoints(
     threads: int | None = None,
     scratch_bytes: int | None = None,
     progress: bool = False,
+    **options: Unpack[SourceOptions],
 ) -> Verified:
     """Compare as ``verify_checkpoint`` does, and also return whether the checkpoint is a copy of the source."""
     drop = [drop] if isinstance(drop, str) else list(drop)
-    checkpoint, other = open_downloaded(source), open_downloaded(destination)
+    settings = SourceSettings(**options)
+    checkpoint = open_source(source, settings.shared(source))
+    other = open_source(destination, settings.further(destination))
     rules = None if rules is None else list(rules)
     if layout is None and rules != []:
         stated = stated_layout(other, None)
@@ -154,7 +164,9 @@ def compare_checkpoints(
     )
     plan = conversion.plan
     _compare_headers(plan, other)
-    limits = split_scratch(threads, DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes, reads_files=True)
+    scratch = DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes
+    is_remote = checkpoint.is_remote or other.is_remote
+    limits = split_scratch(threads, scratch, reads_files=True, is_remote=is_remote)
     target_rows = [other.position[target.name] for target in plan.targets]
     places = [(other.file_ids[row], other.offsets[row]) for row in target_rows]
     file_slabs = FileSlabs(checkpoint, plan.targets, places, plan.sources.decodes, limits)

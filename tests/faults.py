@@ -16,11 +16,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from automodel_conv.files import system
+from automodel_conv.files.uploads import s3_store
 
 # The functions of files/system.py that call the system, except those that never fail.
 CHANGING = (
@@ -38,11 +39,14 @@ READING = (
     "identity",
     "is_at",
     "lock",
+    "lock_range",
+    "open_again",
     "free_bytes",
 )
 NEVER_FAILING = (
     *("exists", "is_file", "is_directory", "is_link", "real_path", "unlock", "begin_writeback"),
-    *("is_cached", "drop_cache", "seconds_ready", "can_map", "unmap", "read_text"),
+    *("unlock_range", "can_lock_ranges"),
+    *("is_cached", "drop_cache", "seconds_ready", "can_map", "unmap", "read_text", "cache_directory"),
 )
 
 Hook = Callable[[int, str, tuple[Any, ...]], None]
@@ -109,7 +113,7 @@ class Forks:
 
         Keywords of a job: ``arguments``; ``signal``, sent at ``call`` (a number among ``CHANGING``), ``when`` "before"
         or "after" it, or without a call after ``delay`` seconds; ``limit``, the largest size of a file in bytes;
-        ``hold``, wait at the call instead until the process is killed.
+        ``hold``, wait at the call instead until the process is killed; ``part_bytes``, the size of a part of an upload.
         """
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"verb": verb, **job}) + "\n")
@@ -155,6 +159,8 @@ def _child(job: dict[str, Any], answer: int, convert: Callable[..., Any], save: 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
     hooks = {"before": note} | ({job.get("when", "before"): send} if "call" in job else {})
     replace_calls(CHANGING, **hooks)
+    if "part_bytes" in job:
+        s3_store.PART_BYTES = job["part_bytes"]
     if "limit" in job:
         import resource
 
@@ -178,6 +184,9 @@ def _serve() -> None:
     torch.set_num_threads(1)
     import automodel_conv as amc
     from tests.model_zoo import build_model
+
+    with suppress(ImportError):
+        import s3fs  # noqa: F401 - a second for each child that uploads
 
     model = build_model("mixtral")
     os.fsync = lambda fd: None  # killing a process loses nothing that the system has accepted

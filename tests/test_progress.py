@@ -1,6 +1,7 @@
 """Progress bars: off by default, and one bar for tasks that run at the same time."""
 
 import os
+import select
 import sys
 import threading
 
@@ -52,7 +53,9 @@ def test_bar_is_drawn_on_a_terminal_that_reports_no_size(monkeypatch):
         monkeypatch.setattr(sys, "stderr", terminal)
         with bytes_progress(3_000_000, "loading", True) as advance:
             advance(3_000_000)
-    drawn = os.read(ours, 4096).decode()
+        drawn = ""
+        while "3.00M/3.00M" not in drawn and select.select([ours], [], [], 10)[0]:
+            drawn += os.read(ours, 4096).decode()
     os.close(ours)
     assert "3.00M/3.00M" in drawn
 
@@ -86,3 +89,12 @@ def test_any_thread_may_advance_a_bar():
     for thread in threads:
         thread.join()
     assert bar.done == 80
+
+
+def test_note_follows_the_numbers(capsys):
+    pytest.importorskip("tqdm")
+    notes = iter(["1 connection", "2 connections"])
+    with shared_progress("loading", True, lambda: next(notes)) as bar, bytes_progress(2, "loading", bar) as advance:
+        advance(1)
+        advance(1)
+    assert "2 connections" in capsys.readouterr().err

@@ -21,10 +21,12 @@ from automodel_conv.cli.options import (
     VerifyOption,
     dtype_named,
     show_progress,
+    with_source_options,
 )
 from automodel_conv.cli.printing import print_kept_codes, print_names, print_table, resumable, write_json
 from automodel_conv.cli.words import Command, Commands
 from automodel_conv.errors import listing
+from automodel_conv.files.source_options import SourceOptions, SourceSettings
 from automodel_conv.lora.forms import FORMS
 from automodel_conv.planning.layouts import LAYOUTS, PER_EXPERT
 
@@ -34,34 +36,47 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-_ADAPTER = "A directory with adapter_config.json and adapter_model.safetensors."
-_BASE = "The checkpoint of the base model: a directory, an index file, a .safetensors file, or org/name."
+_ADAPTER = "A directory, URL or org/name with adapter_config.json and adapter_model.safetensors."
+_BASE = "The checkpoint of the base model: a directory, an index file, a .safetensors file, org/name, or a URL."
 BaseOption = Annotated[str, typer.Option(metavar="BASE", help=_BASE)]
 AdapterArgument = Annotated[str, typer.Argument(metavar="ADAPTER", help=_ADAPTER)]
 
 
 @app.command(cls=Command)
+@with_source_options
 def convert(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help=_ADAPTER)],
+    adapter: Annotated[str, typer.Argument(metavar="SOURCE", help=_ADAPTER)],
     destination: Annotated[
-        str, typer.Argument(metavar="DESTINATION", help="A directory that is new or contains no adapter.")
+        str,
+        typer.Argument(
+            metavar="DESTINATION",
+            help="A directory that is new or contains no adapter, s3://bucket/prefix or hf://org/name.",
+        ),
     ],
     base: BaseOption,
     layout: Annotated[str, typer.Option(help=f"Form of the new adapter: {', '.join(FORMS)}.")],
+    source: SourceOptions,
     progress: ProgressOption = None,
 ) -> None:
     """Convert an adapter to another form."""
     shown = show_progress(progress)
-    typer.echo(automodel_conv.convert_adapter(source, destination, base=base, layout=layout, progress=shown))
+    report = automodel_conv.convert_adapter(adapter, destination, base=base, layout=layout, progress=shown, **source)
+    typer.echo(report)
 
 
 @app.command(cls=Command)
+@with_source_options
 def merge(
     base: Annotated[str, typer.Argument(metavar="BASE", help=_BASE)],
     adapter: AdapterArgument,
     destination: Annotated[
-        str, typer.Argument(metavar="DESTINATION", help="A directory that is new or contains no weights.")
+        str,
+        typer.Argument(
+            metavar="DESTINATION",
+            help="A directory that is new or contains no weights, s3://bucket/prefix or hf://org/name.",
+        ),
     ],
+    source: SourceOptions,
     weight: Annotated[float, typer.Option(help="Factor of what the adapter adds.")] = 1.0,
     further: Annotated[
         list[str] | None,
@@ -103,6 +118,7 @@ def merge(
             checksums=checksums,
             threads=threads,
             progress=show_progress(progress),
+            **source,
         )
     print_table(converted_table(report, verify))
     print_names(report.carried, report.left_out)
@@ -110,9 +126,11 @@ def merge(
 
 
 @app.command(cls=Command)
+@with_source_options
 def inspect(
     adapter: AdapterArgument,
     base: BaseOption,
+    source: SourceOptions,
     json: Annotated[Path | None, typer.Option(help="Write the summary to this file.")] = None,
 ) -> None:
     """Print what an adapter changes, and whether the base model has it.
@@ -122,7 +140,7 @@ def inspect(
     from automodel_conv.cli.tables import adapter_table
     from automodel_conv.lora.inspecting import inspect_adapter
 
-    summary = inspect_adapter(adapter, base)
+    summary = inspect_adapter(adapter, base, SourceSettings(**source))
     print_table(adapter_table(summary))
     if json is not None:
         write_json(json, dumps(asdict(summary), indent=2))

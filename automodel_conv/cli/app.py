@@ -35,6 +35,7 @@ from automodel_conv.cli.options import (
     dtype_named,
     rules_of,
     show_progress,
+    with_source_options,
 )
 from automodel_conv.cli.printing import (
     count_of,
@@ -47,6 +48,7 @@ from automodel_conv.cli.printing import (
 )
 from automodel_conv.cli.words import Command, Commands
 from automodel_conv.errors import UnknownTarget
+from automodel_conv.files.source_options import SourceOptions
 from automodel_conv.planning.layouts import PER_EXPERT
 
 if TYPE_CHECKING:
@@ -89,11 +91,12 @@ def _version(
 
 
 @app.command(cls=Command)
+@with_source_options
 def plan(
     path: PathArgument,
+    source: SourceOptions,
     layout: LayoutOption = None,
     source_layout: SourceLayoutOption = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of org/name.")] = None,
     explain: Annotated[
         list[str] | None,
         typer.Option(help="Print every source of this target, with the elements that it fills. May be repeated."),
@@ -127,7 +130,7 @@ def plan(
     shows_steps = show_progress(progress)
     with step_line(shows_steps) as begin_step:
         begin_step("headers")
-        checkpoint = automodel_conv.open_checkpoint(path, revision=revision)
+        checkpoint = automodel_conv.open_checkpoint(path, **source)
         begin_step("plan")
         compiled = automodel_conv.compile_plan(
             checkpoint, rules=rules_of(model, recipe), layout=layout, source_layout=source_layout
@@ -149,8 +152,10 @@ def plan(
 
 
 @app.command(cls=Command)
+@with_source_options
 def load(
     path: PathArgument,
+    source: SourceOptions,
     layout: LayoutOption = None,
     source_layout: SourceLayoutOption = None,
     dtype: Annotated[
@@ -183,17 +188,24 @@ def load(
         strict=strict,
         verify=verify,
         progress=show_progress(progress),
+        **source,
     )
     print_table(report_table(loaded.report, len(loaded)))
     print_names((), loaded.report.left_out)
 
 
 @app.command(cls=Command)
+@with_source_options
 def convert(
-    source: SourceArgument,
+    path: SourceArgument,
     destination: Annotated[
-        str, typer.Argument(metavar="DESTINATION", help="A directory that is new or contains no weights.")
+        str,
+        typer.Argument(
+            metavar="DESTINATION",
+            help="A directory that is new or contains no weights, s3://bucket/prefix or hf://org/name.",
+        ),
     ],
+    source: SourceOptions,
     layout: NewLayoutOption = None,
     source_layout: SourceLayoutOption = None,
     dtype: NewDtypeOption = None,
@@ -214,7 +226,10 @@ def convert(
     To continue after an interruption, repeat the command.
     """
     from automodel_conv.cli.tables import converted_table
+    from automodel_conv.files.source_options import SourceSettings
     from automodel_conv.publishing.conversion import compile_conversion
+
+    settings = SourceSettings(**source)
 
     arguments: dict[str, Any] = {
         "rules": rules_of(model, recipe),
@@ -224,13 +239,14 @@ def convert(
         "dequantize": dequantize,
         "drop": drop or (),
         "max_shard_size": max_shard_size,
+        **source,
     }
     if dry_run:
-        print_dry_run(compile_conversion(source, **arguments), destination, dtype)
+        print_dry_run(compile_conversion(path, **arguments), destination, settings, dtype)
         return
     with resumable(resume):
         report = automodel_conv.convert_checkpoint(
-            source,
+            path,
             destination,
             **arguments,
             resume=resume,
@@ -243,13 +259,15 @@ def convert(
     print_names(report.carried, report.left_out)
     print_kept_codes(report.kept_codes, dtype)
     if layout == PER_EXPERT:
-        written = automodel_conv.open_checkpoint(destination)
+        written = automodel_conv.open_checkpoint(destination, **settings.further(destination).source())
         print_if_grouped(written.names, written.directory)
 
 
 @app.command(cls=Command)
+@with_source_options
 def verify(
-    source: SourceArgument,
+    path: SourceArgument,
+    source: SourceOptions,
     destination: Annotated[
         str | None,
         typer.Argument(
@@ -270,16 +288,18 @@ def verify(
     """Check that a checkpoint is, bit for bit, the conversion of another one."""
     from automodel_conv.execution.checksums import verify_checksums
     from automodel_conv.execution.cores import cores
-    from automodel_conv.files.checkpoint import open_downloaded
+    from automodel_conv.files.checkpoint import open_source
+    from automodel_conv.files.source_options import SourceSettings
     from automodel_conv.verifying import compare_checkpoints
 
+    settings = SourceSettings(**source)
     if destination is None:
-        checkpoint = open_downloaded(source)
+        checkpoint = open_source(path, settings)
         nbytes = verify_checksums(checkpoint, cores() if threads is None else threads)
         typer.echo(f"{count_of(len(checkpoint.names), 'tensor')}, {decimal(nbytes)}: all match their checksums")
         return
     verified = compare_checkpoints(
-        source,
+        path,
         destination,
         rules=rules_of(model, recipe),
         layout=layout,
@@ -289,8 +309,9 @@ def verify(
         drop=drop or (),
         threads=threads,
         progress=show_progress(progress),
+        **source,
     )
-    written = open_downloaded(destination)
+    written = open_source(destination, settings.further(destination))
     same = "the source" if verified.is_copy else "a conversion of the source"
     tensors, files = count_of(len(written.names), "tensor"), count_of(len(written.files), "file")
     typer.echo(f"{tensors} in {files}, {decimal(verified.nbytes)}: bit-identical to {same}")
@@ -301,28 +322,45 @@ app.command("refit-plan", cls=Command)(refit_command.refit_plan)
 
 
 @app.command("bench", cls=Command)
+@with_source_options
 def measure(
     path: PathArgument,
+    source: SourceOptions,
     layout: LayoutOption = None,
     dtype: NewDtypeOption = None,
     model: ModelOption = True,
     recipe: RecipeOption = None,
     most: Annotated[str, typer.Option(help="Maximum bytes of tensors to time, such as 8GB.")] = "8GB",
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Maximum number of threads to time. Default: as for load.")
+        int | None, typer.Option(min=1, help="Maximum number of threads or connections to time. Default: as for load.")
     ] = None,
     cold: Annotated[bool, typer.Option("--cold", help="Drop the files from the page cache first.")] = False,
 ) -> None:
-    """Measure loads of a checkpoint on this machine, compare them with its limit, and print what limits them."""
-    from automodel_conv.cli.bench import advice, bench
-    from automodel_conv.cli.tables import bench_tables
-    from automodel_conv.files.shards import parse_size
+    """Measure loads of a checkpoint on this machine, compare them with its limit, and print what limits them.
 
+    Of files that are not on this machine, ranges are read with 1, 4 and 16 connections for a few seconds, then a load.
+    """
+    from automodel_conv.cli.bench import advice, bench
+    from automodel_conv.cli.remote_bench import remote_advice, remote_bench
+    from automodel_conv.cli.tables import bench_tables, remote_bench_tables
+    from automodel_conv.files.checkpoint import open_source
+    from automodel_conv.files.shards import parse_size
+    from automodel_conv.files.source_options import SourceSettings
+
+    settings = SourceSettings(**source)
+    what: dict[str, Any] = {"layout": layout, "dtype": dtype_named(dtype), "rules": rules_of(model, recipe)}
+    if open_source(path, settings).is_remote:
+        if cold:
+            raise typer.BadParameter("files that are not on this machine have no page cache here", param_hint="--cold")
+        found = remote_bench(path, settings, **what, most_bytes=parse_size(most), threads=threads)
+        for table in remote_bench_tables(found):
+            print_table(table)
+        typer.echo(remote_advice(found))
+        return
     result = bench(
         path,
-        layout=layout,
-        dtype=dtype_named(dtype),
-        rules=rules_of(model, recipe),
+        settings,
+        **what,
         most_bytes=parse_size(most),
         most_threads=threads,
         drop_cache=cold,

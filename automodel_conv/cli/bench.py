@@ -28,8 +28,9 @@ from automodel_conv.execution.page_policy import PageUse
 from automodel_conv.execution.reading import OpenFiles, read
 from automodel_conv.execution.workers import run_in_threads
 from automodel_conv.files import system
-from automodel_conv.files.checkpoint import Checkpoint, open_downloaded
+from automodel_conv.files.checkpoint import Checkpoint, open_source
 from automodel_conv.files.source import opened
+from automodel_conv.files.source_options import SourceSettings
 from automodel_conv.planning.copies import Target
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.schedule.host import RUN_BYTES, group_reads, split_copies
@@ -37,6 +38,7 @@ from automodel_conv.schedule.jobs import Read, ReadInPlace, Reads
 
 DEFAULT_SAMPLE_BYTES = 8 * 10**9
 RUNS = 3
+_DEFAULTS = SourceSettings()
 
 _PROBE_BYTES = 1 << 20
 _TOUCH_BYTES = 256 << 20
@@ -101,6 +103,7 @@ class Bench:
 
 def bench(
     path: str | os.PathLike[str],
+    settings: SourceSettings = _DEFAULTS,
     *,
     rules: Sequence[Any] | None = None,
     layout: str | None = None,
@@ -112,7 +115,8 @@ def bench(
     """Measure loads to host memory.
 
     Args:
-        path: see ``load_state_dict``.
+        path: see ``load_state_dict``. Its files are on this machine.
+        settings: see ``open_checkpoint``.
         rules: see ``load_state_dict``.
         layout: see ``load_state_dict``.
         dtype: see ``load_state_dict``.
@@ -127,14 +131,14 @@ def bench(
         UnsupportedError: see ``compile_plan``; or there is nothing to time.
         ReadError: a read failed.
     """
-    compile_plan(open_downloaded(path), rules=rules, layout=layout, dtype=dtype)  # so that imports are not timed
+    compile_plan(open_source(path, settings), rules=rules, layout=layout, dtype=dtype)  # so that imports are not timed
     start = time.perf_counter()
-    checkpoint = open_downloaded(path)
+    checkpoint = open_source(path, settings)
     opened_time = time.perf_counter()
     plan = compile_plan(checkpoint, rules=rules, layout=layout, dtype=dtype)
     planned_time = time.perf_counter()
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    sample = _sample(plan, min(most_bytes, memory // 3))
+    sample = sample_of(plan, min(most_bytes, memory // 3))
     if not sample.bytes_read:
         raise UnsupportedError(message("the plan reads no tensor, so there is nothing to time", where=checkpoint.path))
     reads = _reads(sample, checkpoint)
@@ -222,7 +226,7 @@ def advice(result: Bench) -> list[str]:
     return sentences or [f"The read itself: the fastest load takes {1 / result.share_of_roof:.2f} times as long."]
 
 
-def _sample(plan: CopyPlan, most_bytes: int) -> CopyPlan:
+def sample_of(plan: CopyPlan, most_bytes: int) -> CopyPlan:
     """Return a plan of the first targets, at least one, up to a number of bytes.
 
     Targets that transformers' own code computes are skipped.

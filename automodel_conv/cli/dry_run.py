@@ -13,10 +13,11 @@ from automodel_conv.files.write_errors import no_room_error
 from automodel_conv.planning.layouts import PER_EXPERT
 
 if TYPE_CHECKING:
+    from automodel_conv.files.source_options import SourceSettings
     from automodel_conv.publishing.conversion import Conversion
 
 
-def print_dry_run(conversion: Conversion, destination: str, dtype: str | None) -> None:
+def print_dry_run(conversion: Conversion, destination: str, settings: SourceSettings, dtype: str | None) -> None:
     """Print what a conversion would do, and raise if it could not be done.
 
     Raises:
@@ -25,16 +26,20 @@ def print_dry_run(conversion: Conversion, destination: str, dtype: str | None) -
     """
     from automodel_conv.cli.tables import two_columns
     from automodel_conv.files.disk_space import disk_space_of
-    from automodel_conv.files.remote import local_path
+    from automodel_conv.files.shards import is_checkpoint
+    from automodel_conv.files.uploads.folder_by_path import folder_of
 
-    directory = local_path(destination)
-    plan, room = conversion.plan, disk_space_of(directory)
+    folder = folder_of(destination, settings)
+    plan, room = conversion.plan, disk_space_of(folder.directory)
+    at_once = folder.most_on_disk(conversion.shards)
+    needed = sum(shard.nbytes for shard in at_once)
+    present = [name for name in folder.names() if is_checkpoint(name)] if folder.is_remote else room.existing_weights
     typer.echo(plan.summary())
     table = two_columns()
     table.add_row("reads", decimal(plan.bytes_read))
     table.add_row("writes", decimal(plan.bytes_written))
     table.add_row("files", str(len(conversion.shards)))
-    table.add_row("needs on the disk", decimal(conversion.bytes_needed))
+    table.add_row("needs on the disk", decimal(needed))
     table.add_row("free on the disk", decimal(room.free_bytes))
     table.add_row("carried as they are", str(len(conversion.carried)))
     table.add_row("left out", str(len(conversion.left_out)))
@@ -47,14 +52,14 @@ def print_dry_run(conversion: Conversion, destination: str, dtype: str | None) -
     print_kept_codes(conversion.kept_codes, dtype)
     if conversion.naming.layout == PER_EXPERT:
         print_if_grouped((target.name for target in plan.targets), conversion.checkpoint.directory)
-    if room.existing_weights:
+    if present and not room.unfinished:
         raise DestinationError(
             message(
                 "the directory holds a checkpoint already",
-                where=directory,
-                found="\n" + listing(room.existing_weights),
+                where=folder.name,
+                found="\n" + listing(present),
                 do="choose another directory, or remove these files first",
             )
         )
-    if room.free_bytes < conversion.bytes_needed:
-        raise no_room_error(directory, conversion.bytes_needed, len(conversion.shards), room.free_bytes)
+    if room.free_bytes < needed:
+        raise no_room_error(folder.directory, needed, len(at_once), room.free_bytes)

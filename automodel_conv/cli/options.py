@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import sys
+from collections.abc import Callable, Iterable
+from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from automodel_conv.files.source_options import SourceOptions
 from automodel_conv.planning.layouts import LAYOUTS, PER_EXPERT
 from automodel_conv.recipes import RECIPES
 
@@ -18,12 +24,12 @@ PathArgument = Annotated[
     str,
     typer.Argument(
         metavar="PATH",
-        help="A directory, an index file, a .safetensors file, or org/name; for plan and load, also a URL.",
+        help="A directory, an index file, a .safetensors file, org/name, or a URL.",
     ),
 ]
 SourceArgument = Annotated[
     str,
-    typer.Argument(metavar="SOURCE", help="A directory, an index file, a .safetensors file, or org/name."),
+    typer.Argument(metavar="SOURCE", help="A directory, an index file, a .safetensors file, org/name, or a URL."),
 ]
 LayoutOption = Annotated[
     str | None,
@@ -78,6 +84,95 @@ RecipeOption = Annotated[
         help=f"Use the rules of a recipe, for types that transformers does not have: {', '.join(sorted(RECIPES))}.",
     ),
 ]
+
+
+_PANEL = "Where the checkpoint is"
+
+
+def _source_options(
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of org/name.", rich_help_panel=_PANEL)
+    ] = None,
+    token: Annotated[
+        str | None,
+        typer.Option(help="Token for the Hub. Default: the one that `hf auth login` stored.", rich_help_panel=_PANEL),
+    ] = None,
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Cache of the Hub. Default: HF_HUB_CACHE.", rich_help_panel=_PANEL)
+    ] = None,
+    subfolder: Annotated[str, typer.Option(help="Folder of the checkpoint below PATH.", rich_help_panel=_PANEL)] = "",
+    variant: Annotated[
+        str | None,
+        typer.Option(help="Variant of the files, as in model.fp16.safetensors.", rich_help_panel=_PANEL),
+    ] = None,
+    local_files_only: Annotated[
+        bool,
+        typer.Option("--local-files-only", help="Read org/name only from the cache.", rich_help_panel=_PANEL),
+    ] = False,
+    storage_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="Option for the protocol of a URL, as fsspec takes it, such as anon=true. VALUE is JSON, or a text. "
+            "May be repeated.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None,
+    node_cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory on this machine that keeps the bytes of files behind URLs.", rich_help_panel=_PANEL
+        ),
+    ] = None,
+) -> SourceOptions:
+    """Return the options that were given on the command line."""
+    options = SourceOptions(
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        subfolder=subfolder,
+        variant=variant,
+        local_files_only=local_files_only,
+        storage_options=storage_options(storage_option or ()),
+        node_cache=node_cache,
+    )
+    return {name: value for name, value in options.items() if value}  # type: ignore[return-value]
+
+
+def with_source_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Decorate a command with the parameter ``source``, which is filled by options for each of ``SourceOptions``."""
+    shared = inspect.signature(_source_options, eval_str=True).parameters
+    own = inspect.signature(command, eval_str=True).parameters
+    parameters = [*(parameter for name, parameter in own.items() if name != "source"), *shared.values()]
+
+    @wraps(command)
+    def called(**values: Any) -> None:
+        command(source=_source_options(**{name: values.pop(name) for name in shared}), **values)
+
+    called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return called
+
+
+def storage_options(texts: Iterable[str]) -> dict[str, Any]:
+    """Return the values of ``--storage-option`` by their keys; a value that is not JSON is a text.
+
+    Raises:
+        typer.BadParameter: there is no key, or an object or a list is not JSON. The value, which may be a secret, is
+            not shown.
+    """
+    options: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise typer.BadParameter("expected KEY=VALUE, such as anon=true", param_hint="--storage-option")
+        try:
+            options[key] = json.loads(value)
+        except (ValueError, RecursionError):
+            if value.startswith(("{", "[", '"')):
+                raise typer.BadParameter(f"the value of {key} is not JSON", param_hint="--storage-option") from None
+            options[key] = value
+    return options
 
 
 def rules_of(model: bool, recipe: str | None) -> list[Any] | None:

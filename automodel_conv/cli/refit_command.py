@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 
-from automodel_conv.cli.options import StepsOption, dtype_named, show_progress
+from automodel_conv.cli.options import StepsOption, dtype_named, show_progress, with_source_options
 from automodel_conv.cli.printing import print_table, write_json
+from automodel_conv.files.source_options import SourceOptions
 
 
+@with_source_options
 def refit_plan(
     path: Annotated[
         str,
@@ -26,13 +28,13 @@ def refit_plan(
     engine: Annotated[
         str, typer.Option(help="Mesh of the engine: sizes of tp, ep, dp, replicate, such as tp=8,ep=32; ep is tp x dp.")
     ],
+    source: SourceOptions,
     bucket_bytes: Annotated[
         str, typer.Option(help="Maximum size of a bucket: a number of bytes, or such as 256MiB.")
     ] = "256MiB",
     dtype: Annotated[
         str | None, typer.Option(help="Dtype of the engine's floating tensors. Default: the one in config.json.")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of org/name.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the forecast to this file, with each link.")] = None,
     progress: StepsOption = None,
 ) -> None:
@@ -51,7 +53,7 @@ def refit_plan(
     bucket = parse_size(int(bucket_bytes) if bucket_bytes.isdecimal() else bucket_bytes)
     with step_line(show_progress(progress)) as begin_step:
         begin_step("headers")
-        model = described_model(path, revision, dtype_named(dtype))
+        model = described_model(path, source, dtype_named(dtype))
         plan = refit_plan(model, *meshes, bucket, begin_step)
     print_table(divisions_table(plan.divided))
     typer.echo(plan.forecast)

@@ -20,6 +20,7 @@ from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.files.choosing import INDEX_SUFFIX
 from automodel_conv.files.config import CONFIG_NAME, stated_dtype
+from automodel_conv.files.source_options import SourceOptions, SourceSettings
 from automodel_conv.refitting.agreement import Roles
 from automodel_conv.refitting.costs import RefitForecast
 from automodel_conv.refitting.elsewhere import forecast_elsewhere
@@ -74,18 +75,18 @@ class RefitPlan:
         return json.dumps(value)
 
 
-def described_model(path: str, revision: str | None, dtype: torch.dtype | None) -> nn.Module:
+def described_model(path: str, source: SourceOptions, dtype: torch.dtype | None) -> nn.Module:
     """Return the model of a ``config.json`` on the meta device.
 
     Args:
         path: a checkpoint, of which headers are read; or a directory that has a ``config.json`` and no weights.
-        revision: as for ``open_checkpoint``.
+        source: how to reach it.
         dtype: dtype of the model; None: the config's.
 
     Raises:
         CheckpointError, UnsupportedError: see ``open_checkpoint`` and ``meta_model``; or nothing states a dtype.
     """
-    checkpoint = _opened(path, revision)
+    checkpoint = _opened(os.path.expanduser(path), source)
     if dtype is None and not checkpoint.names and stated_dtype(checkpoint.directory) is None:
         raise UnsupportedError(
             message(
@@ -97,12 +98,13 @@ def described_model(path: str, revision: str | None, dtype: torch.dtype | None) 
     return meta_model(checkpoint, dtype)
 
 
-def _opened(path: str, revision: str | None) -> Checkpoint:
-    if system.is_directory(path) and system.is_file(os.path.join(path, CONFIG_NAME)):
-        names = system.list_names(path)
+def _opened(path: str, source: SourceOptions) -> Checkpoint:
+    directory = os.path.join(path, *filter(None, SourceSettings(**source).subfolder.split("/")))
+    if system.is_directory(directory) and system.is_file(os.path.join(directory, CONFIG_NAME)):
+        names = system.list_names(directory)
         if not any(name.endswith((".safetensors", INDEX_SUFFIX)) for name in names):
-            return Checkpoint(path, path, (), [], [], [], [], [], [], {}, {})
-    return open_checkpoint(path, revision=revision)
+            return Checkpoint(directory, directory, (), [], [], [], [], [], [], {}, {})
+    return open_checkpoint(path, **source)
 
 
 def refit_plan(

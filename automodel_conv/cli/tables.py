@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from automodel_conv.cli.demo import DemoResult
     from automodel_conv.cli.forecast import Forecast
     from automodel_conv.cli.refit_plan import Divided
+    from automodel_conv.cli.remote_bench import RemoteBench
     from automodel_conv.execution.report import LoadReport
     from automodel_conv.execution.report_text import Row
     from automodel_conv.lora.inspecting import AdapterSummary
@@ -192,6 +193,24 @@ def bench_tables(result: Bench) -> list[Table]:
             f"{seconds:.3f}",
             f"{roof / seconds:.2f}",
         )
+    return [counts, speeds]
+
+
+def remote_bench_tables(result: RemoteBench) -> list[Table]:
+    """Return the tables of a measurement of files that are not on this machine: counts, and speeds by connections."""
+    counts = two_columns()
+    counts.add_row("files, tensors", f"{result.files}, {result.tensors}")
+    counts.add_row("bytes that a load reads", decimal(result.nbytes))
+    counts.add_row("bytes timed in a load", decimal(result.load_bytes))
+    counts.add_row("seconds to open, to plan", f"{result.open_seconds:.3f}, {result.plan_seconds:.3f}")
+    counts.add_row("wait for an answer", f"{1000 * result.wait_seconds:.1f} ms")
+    counts.add_row("requests repeated", str(result.retries))
+    speeds = Table("connections", caption="bare: ranges are read and thrown away; a load places their bytes")
+    for title in ("bare, GB/s", "load, GB/s"):
+        speeds.add_column(title, justify="right")
+    for connections, rate in result.rates.items():
+        load = f"{result.load_rate:.2f}" if connections == result.connections else ""
+        speeds.add_row(str(connections), f"{rate:.2f}", load)
     return [counts, speeds]
 
 

@@ -27,8 +27,10 @@ IN_OPTIONS = {
     "rules=[]": "--no-model",
     "source_layout": "--source-layout",
     "source_layout=": "--source-layout",
+    "storage_options=": "--storage-option",
     "strict=False": "--no-strict",
     "threads=": "--threads",
+    "variant": "--variant",
     **{f'source_layout="{name}"': f"--source-layout {name}" for name in (*LAYOUTS, PER_EXPERT)},
 }
 IN_COMMANDS = {

@@ -108,7 +108,7 @@ def unpadded_table(checkpoint: Checkpoint, decoded: SourceTable, suspects: Itera
     Raises:
         QuantizationError: a true shape does not fit its packed codes.
     """
-    if checkpoint.is_remote:
+    if checkpoint.headers_only:
         return decoded
     suspects = list(suspects)
     shape_rows = {row: checkpoint.position[name] for row, name, _ in suspects if name in checkpoint.position}
@@ -144,7 +144,7 @@ def _refuse_shuffled_groups(checkpoint: Checkpoint, indices: Iterable[tuple[str,
     Raises:
         UnsupportedError: the columns of a group are not consecutive.
     """
-    if checkpoint.is_remote:
+    if checkpoint.headers_only:
         return
     rows = {
         row: (columns, group) for name, columns, group in indices if (row := checkpoint.position.get(name)) is not None

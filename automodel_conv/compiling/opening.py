@@ -18,10 +18,10 @@ from automodel_conv.compiling.to_model import shapes_to_make, without_tied
 from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.execution.cores import rank_on_this_node, ranks_on_this_node
 from automodel_conv.execution.report import Clock
-from automodel_conv.files.checkpoint import Checkpoint, open_downloaded
+from automodel_conv.files.checkpoint import Checkpoint, open_source
 from automodel_conv.files.hub import with_repository
 from automodel_conv.files.reading_ahead import reading_ahead
-from automodel_conv.files.remote import refuse_url
+from automodel_conv.files.remote.urls import refuse_url
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.given_plan import Misfits, as_plan, fit_sources, fit_targets
 from automodel_conv.planning.plan import CopyPlan
@@ -68,8 +68,8 @@ def open_to_load(
     check_options(settings)  # before a download
     clock.lap("plan")
     if settings.memory_map:
-        refuse_url(path)
-    checkpoint = open_downloaded(path, revision=settings.revision, by_range=True)
+        refuse_url(path, ["download the files first", "{memory_map=False} reads URLs"])
+    checkpoint = open_source(path, settings, whole=settings.memory_map)
     clock.lap("open")
     if given is not None:
         fitted, problems = fitted_plan(given, checkpoint, model, state, settings.strict, in_place)

@@ -15,6 +15,7 @@ import torch
 
 from automodel_conv.execution.cores import cores, default_reader_threads
 from automodel_conv.execution.filling import Limits
+from automodel_conv.files.source_options import SourceOptions, SourceSettings
 from automodel_conv.planning.plan import CopyPlan
 
 AdapterArgument = str | os.PathLike[str] | Sequence[tuple[str | os.PathLike[str], float]]
@@ -22,7 +23,7 @@ AdapterArgument = str | os.PathLike[str] | Sequence[tuple[str | os.PathLike[str]
 
 
 class PlanOptions(TypedDict, total=False):
-    """Keyword arguments of ``compile_plan``, which the loaders accept too."""
+    """Keyword arguments that say what a plan does."""
 
     rules: Iterable[Any] | None
     """Rule objects of transformers that rename and merge tensors; ``automodel_conv.recipes`` has some. None: the
@@ -58,7 +59,11 @@ class PlanOptions(TypedDict, total=False):
     models of transformers have with an ``hf_quantizer``. Default: True."""
 
 
-class ReadOptions(TypedDict, total=False):
+class CompileOptions(PlanOptions, SourceOptions, total=False):
+    """Keyword arguments of ``compile_plan``."""
+
+
+class ReadOptions(SourceOptions, total=False):
     """Keyword arguments of all functions that load."""
 
     threads: int | None
@@ -85,10 +90,8 @@ class ReadOptions(TypedDict, total=False):
     their free memory to the host."""
 
     progress: bool
-    """Show a progress bar in bytes and GB/s. Default: False."""
-
-    revision: str | None
-    """Branch, tag or commit of an ``org/name`` repository on the Hub. None: its default branch."""
+    """Show a progress bar in bytes and GB/s. For files that are not on this machine it also shows the bytes received,
+    the connections and the retries. Default: False."""
 
 
 class LoadOptions(PlanOptions, ReadOptions, total=False):
@@ -122,10 +125,11 @@ class LoadOptions(PlanOptions, ReadOptions, total=False):
     even if parameters are DTensors. None: plan the load from the headers."""
 
     adapter: AdapterArgument | None
-    """An adapter (LoRA) to merge while loading: the path of its directory, in any form that ``convert_adapter`` reads,
-    or a list of pairs of such a path and a weight. Each weight ``W`` that it changes becomes ``W + scale * B @ A``,
-    computed in float32 after ``W`` has the dtype of its target, and rounded to that dtype. The report lists these
-    targets as ``adapted``. None: load the checkpoint as it is."""
+    """An adapter (LoRA) to merge while loading: the path or URL of its directory, or ``org/name`` on the Hub, in any
+    form that ``convert_adapter`` reads; or a list of pairs of such a path and a weight. Its revision and folder are
+    those that its URL states, as in ``hf://org/name@revision/folder``. Each weight ``W`` that it changes becomes
+    ``W + scale * B @ A``, computed in float32 after ``W`` has the dtype of its target, and rounded to that dtype. The
+    report lists these targets as ``adapted``. None: load the checkpoint as it is."""
 
     device: str | torch.device | None
     """The CPU or a CUDA device. ``load_state_dict`` creates all tensors on it, by default on the CPU. ``load_model``
@@ -150,9 +154,10 @@ class LoadOptions(PlanOptions, ReadOptions, total=False):
     """Compare all tensors with the checksums that ``save_checkpoint(checksums=True)`` wrote, before anything is loaded.
     This reads the files once more. Default: False."""
 
-    broadcast: bool
+    broadcast: bool | Literal["node"]
     """Read parts of a DTensor that several ranks hold only once: the first of these ranks reads them, and sends them to
-    the others in place. False: each rank reads its own. Default: False."""
+    the others in place. ``"node"``: the first rank of each node reads them for its node, so that nodes send nothing to
+    each other; ranks with one host name are on one node. False: each rank reads its own. Default: False."""
 
     memory_map: bool
     """Map new tensors on the CPU instead of reading them, if a file has exactly their bytes: contiguous, in the right
@@ -217,7 +222,12 @@ class PlanSettings:
 
 
 @dataclass(frozen=True)
-class ReadSettings:
+class CompileSettings(SourceSettings, PlanSettings):
+    """The values of ``CompileOptions``, with the defaults of those that the caller left out."""
+
+
+@dataclass(frozen=True)
+class ReadSettings(SourceSettings):
     """The values of ``ReadOptions``, with the defaults of those that the caller left out."""
 
     threads: int | None = None
@@ -226,7 +236,6 @@ class ReadSettings:
     memory_budget: int | None = None
     huge_pages: bool | None = None
     progress: bool = False
-    revision: str | None = None
 
     @property
     def limits(self) -> Limits:
@@ -249,7 +258,7 @@ class LoadSettings(ReadSettings, PlanSettings):
     device_map: Mapping[str, str | int | torch.device] | None = None
     strict: bool = True
     verify: bool = False
-    broadcast: bool = False
+    broadcast: bool | Literal["node"] = False
     memory_map: bool = False
 
 

@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from automodel_conv.compiling.decoded import decoded_table
 from automodel_conv.compiling.keeping import keeping_plan, only_renames
 from automodel_conv.compiling.marks import layout_to_read, stated_layout
-from automodel_conv.compiling.options import PlanOptions, PlanSettings
+from automodel_conv.compiling.options import CompileOptions, CompileSettings, PlanSettings
 from automodel_conv.compiling.to_model import loading_plan
 from automodel_conv.doors import door, keyword_options
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
@@ -109,9 +109,9 @@ def _left_as_stored(
 
 
 @door("planning")
-@keyword_options(PlanOptions, PlanSettings)
+@keyword_options(CompileOptions, CompileSettings)
 def compile_plan(
-    checkpoint: Checkpoint | str | os.PathLike[str], model: nn.Module | None = None, **options: Unpack[PlanOptions]
+    checkpoint: Checkpoint | str | os.PathLike[str], model: nn.Module | None = None, **options: Unpack[CompileOptions]
 ) -> CopyPlan:
     """Plan the load of a checkpoint from its headers, without reading tensor data.
 
@@ -135,7 +135,7 @@ def compile_plan(
             that belongs to the config's type. Otherwise it is the first that transformers has for the type, in this
             order: image and text to text, any modality, causal language model, sequence to sequence, speech, masked
             language model, bare model, other heads.
-        **options: see ``PlanOptions``.
+        **options: see ``CompileOptions``.
 
     Returns:
         The proved plan: each element of each target is written exactly once.
@@ -161,9 +161,9 @@ def compile_plan(
         >>> plan.bytes_read, plan.bytes_written
         (32, 16)
     """
-    checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+    settings = CompileSettings(**options)
+    checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint, **settings.source())
     model = None if model is None else plain_model(model)
-    settings = PlanSettings(**options)
     plan, problems, _ = load_plan(checkpoint, model, settings)
     problems.raise_unless_fit(
         with_repository(checkpoint.path),

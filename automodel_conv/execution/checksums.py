@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from automodel_conv.errors import VerificationError, listing, message
@@ -20,6 +20,7 @@ from automodel_conv.files.checkpoint import Checkpoint, rows_by_file
 from automodel_conv.files.header import parse_object, read_limited, with_open
 from automodel_conv.files.shards import CHECKSUMS_NAME
 from automodel_conv.files.source import OpenSource, opened
+from automodel_conv.schedule.requests import LEAST_REQUEST_BYTES
 
 _MOST_BYTES = 500_000_000
 _WINDOW_BYTES = 1 << 20
@@ -38,12 +39,32 @@ def checksums_of(checkpoint: Checkpoint, threads: int) -> dict[str, str]:
     for source, rows in zip(checkpoint.sources, rows_by_file(checkpoint), strict=True):
         with opened(source) as file:
             start = partial(_checksum_worker, checkpoint, file, checksums)
-            run_in_threads(rows, min(threads, _MOST_THREADS), start)
+            run_in_threads(_groups(rows, checkpoint), min(threads, _MOST_THREADS), start, abort=file.abort)
     return {name: checksums[name] for name in checkpoint.names}
 
 
-def _checksum_worker(checkpoint: Checkpoint, file: OpenSource, checksums: dict[str, str]) -> Callable[[int], None]:
+def _groups(rows: Sequence[int], checkpoint: Checkpoint) -> list[list[int]]:
+    """Return the rows of a file in groups of neighbours, of which one request reads at least 8 MiB."""
+    groups: list[list[int]] = []
+    nbytes = LEAST_REQUEST_BYTES
+    for row in rows:
+        if nbytes >= LEAST_REQUEST_BYTES:
+            groups.append([])
+            nbytes = 0
+        groups[-1].append(row)
+        nbytes += checkpoint.nbytes[row]
+    return groups
+
+
+def _checksum_worker(
+    checkpoint: Checkpoint, file: OpenSource, checksums: dict[str, str]
+) -> Callable[[Sequence[int]], None]:
     window = memoryview(bytearray(_WINDOW_BYTES))
+
+    def add_checksums(rows: Sequence[int]) -> None:
+        file.expect([(checkpoint.offsets[rows[0]], checkpoint.offsets[rows[-1]] + checkpoint.nbytes[rows[-1]])])
+        for row in rows:
+            add_checksum(row)
 
     def add_checksum(row: int) -> None:
         start, nbytes = checkpoint.offsets[row], checkpoint.nbytes[row]
@@ -54,7 +75,7 @@ def _checksum_worker(checkpoint: Checkpoint, file: OpenSource, checksums: dict[s
             checksum = zlib.crc32(part, checksum)
         checksums[checkpoint.names[row]] = f"{checksum:08x}"
 
-    return add_checksum
+    return add_checksums
 
 
 def checksums_text(checksums: dict[str, str]) -> bytes:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
 from automodel_conv.dtypes import itemsize
 from automodel_conv.errors import VerificationError, message
-from automodel_conv.execution.writing import SlabProducer, first_different_byte
+from automodel_conv.execution.writing import SlabGroup, first_different_byte
 from automodel_conv.files.shards import Shard
 from automodel_conv.files.source import ByteSource
-from automodel_conv.schedule.writes import Slab
 
 
 def compare_file(
-    slabs: tuple[Sequence[Slab], Callable[[], SlabProducer]],
+    group: SlabGroup,
     source: ByteSource,
     shard: Shard,
     threads: int,
@@ -24,13 +23,13 @@ def compare_file(
     """Compare a file with its slabs, and raise VerificationError for the first element that differs.
 
     Args:
-        slabs: slabs of the file, and the function that starts their producer in a thread.
+        group: slabs of the file.
         source: the file to compare.
         shard: names, shapes, dtypes and offsets of the tensors in the file.
         threads: number of threads that compare.
         advance: function that is called with each number of bytes compared.
     """
-    offset = first_different_byte(slabs[0], source, slabs[1], threads, advance)
+    offset = first_different_byte(group, source, threads, advance)
     if offset is None:
         return
     spec, start = next(

@@ -42,6 +42,7 @@ from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.progress import SharedBar
 from automodel_conv.schedule.device import Chunk, Upload, Window, device_schedule
 from automodel_conv.schedule.jobs import align_down, align_up
+from automodel_conv.schedule.requests import ranges_of
 
 DEFAULT_DEVICE_SCRATCH_BYTES = 256 << 20
 LEAST_SCRATCH_BYTES = 8192
@@ -259,12 +260,14 @@ class _DeviceLoad:
             ending.callback(self._files.close)
             pool = ThreadPoolExecutor(threads + 1, thread_name_prefix="automodel_conv")
             ending.callback(pool.shutdown)
+            ending.callback(self._files.abort)
             ending.callback(self._stop)
             if self._windows:
                 self._compiled = pool.submit(self._compile)
                 futures.append(self._compiled)
             futures += [pool.submit(self._read, [slots.popleft() for _ in range(_SLOTS)]) for _ in range(threads)]
-            wait(futures, return_when=FIRST_EXCEPTION)
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            futures.sort(key=lambda future: future not in done)  # later errors may be of reads that are ended here
         for worker in futures:
             if not isinstance(worker.exception(), Stopped):
                 worker.result()
@@ -311,6 +314,9 @@ class _DeviceLoad:
                 return
             if slot.uploaded is not None:
                 slot.uploaded.synchronize()
+            if self._checkpoint.is_remote:
+                for file, ranges in ranges_of([chunk.reads]).items():
+                    self._files.expect(file, ranges)
             gap_bytes = read(chunk.reads, self._checkpoint, self._files, [slot.view])
             self._upload(chunk, slot)
             with self._changed:

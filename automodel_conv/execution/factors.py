@@ -9,17 +9,23 @@ from itertools import accumulate
 from math import prod
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from automodel_conv.dtypes import nbytes
-from automodel_conv.execution.reading import read_each
+from automodel_conv.execution.buffers import byte_view, dtype_of
+from automodel_conv.execution.reading import read_each, read_whole
 from automodel_conv.files.checkpoint import Checkpoint
+from automodel_conv.files.source import opened
 from automodel_conv.planning.deltas import Delta
 
 KEPT_BYTES = 48 << 20
 """Bytes of factors that are kept besides those that are needed at once."""
 # Tensors between two that need the same factors, which are kept meanwhile. The projections of an expert are nearer.
 _NEAR = 64
+# Size and number of the blocks of a file behind a URL that are kept.
+_BLOCK_BYTES = 4 << 20
+_BLOCKS = 4
 
 
 class AdapterTensors(Protocol):
@@ -46,14 +52,47 @@ class AdapterTensors(Protocol):
 
 
 class FileTensors:
-    """The tensors of an adapter in a file."""
+    """The tensors of an adapter in a file.
+
+    A file behind a URL is read in blocks, the last of which are kept, because a request for each matrix would take
+    longer than its bytes.
+    """
 
     def __init__(self, file: Checkpoint):
         self.names, self.dtypes, self.shapes = file.names, file.dtypes, file.shapes
         self._file = file
+        self._blocks: OrderedDict[tuple[int, int], memoryview] = OrderedDict()
 
     def read(self, rows: Sequence[int]) -> list[Tensor]:
-        return list(read_each(rows, self._file))
+        if not self._file.is_remote:
+            return list(read_each(rows, self._file))
+        return [self._read_by_blocks(row) for row in rows]
+
+    def _read_by_blocks(self, row: int) -> Tensor:
+        file, offset, nbytes = self._file.file_ids[row], self._file.offsets[row], self._file.nbytes[row]
+        if nbytes > _BLOCK_BYTES:
+            return read_whole(row, self._file)
+        tensor = torch.empty(self.shapes[row], dtype=dtype_of(self.dtypes[row], self.names[row]), device="cpu")
+        view, stop = byte_view(tensor), offset + nbytes
+        while offset < stop:
+            number, start = divmod(offset, _BLOCK_BYTES)
+            part = self._block(file, number)[start : start + stop - offset]
+            view[: len(part)], view = part, view[len(part) :]
+            offset += len(part)
+        return tensor
+
+    def _block(self, file: int, number: int) -> memoryview:
+        key = file, number
+        if key not in self._blocks:
+            with opened(self._file.sources[file]) as source:
+                start = number * _BLOCK_BYTES
+                block = memoryview(bytearray(min(_BLOCK_BYTES, source.size() - start)))
+                source.read_into([block], start)
+            self._blocks[key] = block
+            if len(self._blocks) > _BLOCKS:
+                self._blocks.popitem(last=False)
+        self._blocks.move_to_end(key)
+        return self._blocks[key]
 
 
 class Factors:

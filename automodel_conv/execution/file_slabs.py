@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from math import prod
 
 from automodel_conv.execution.adding import Additions
 from automodel_conv.execution.reading import OpenFiles
-from automodel_conv.execution.writing import ScratchSplit, SlabProducer, SourceFileProducer, jobs_by_slab
+from automodel_conv.execution.writing import ScratchSplit, SlabGroup, SlabProducer, SourceFileProducer, jobs_by_slab
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.copies import Decode, Target
-from automodel_conv.schedule.writes import Slab, slab_schedule
+from automodel_conv.schedule.writes import slab_schedule
 
 
 class FileSlabs:
@@ -54,8 +54,8 @@ class FileSlabs:
         return sum(slab.nbytes for slabs in self.by_file.values() for slab in slabs)
 
     @contextmanager
-    def opened(self, file: int) -> Iterator[tuple[Sequence[Slab], Callable[[], SlabProducer]]]:
-        """Yield the slabs of one output file, and the function that starts their producer in a thread.
+    def opened(self, file: int) -> Iterator[SlabGroup]:
+        """Yield the slabs of one output file.
 
         The files of the checkpoint are closed at the end of the ``with`` block.
         """
@@ -67,6 +67,7 @@ class FileSlabs:
             return SourceFileProducer(self._checkpoint, files, jobs, self._dtypes, share.slab_bytes, share.input_bytes)
 
         try:
-            yield slabs, start if self._additions is None else self._additions.added(start)
+            producers = start if self._additions is None else self._additions.added(start)
+            yield SlabGroup(slabs, producers, files.abort)
         finally:
             files.close()

@@ -28,6 +28,7 @@ from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.copies import Target
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.progress import SharedBar, shared_progress
+from automodel_conv.schedule.requests import CONNECTIONS
 
 
 class Limits(NamedTuple):
@@ -130,11 +131,14 @@ def fill(
             further errors.
     """
     parts = _parts_by_device(plan, buffers)
+    if limits.threads is None and checkpoint.is_remote:
+        limits = limits._replace(threads=CONNECTIONS)
     shares = split_limits(limits, [part.size for part in parts])
     stop = threading.Event()
     stats: dict[torch.device, LoadStats] = {}
     errors: dict[torch.device, BaseException] = {}
-    with shared_progress("loading", progress) as bar:
+    note = None if checkpoint.traffic is None else checkpoint.traffic.text
+    with shared_progress("loading", progress, note) as bar:
 
         def fill_part(part: _Part, share: Limits) -> None:
             try:

@@ -27,6 +27,7 @@ from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.progress import SharedBar
 from automodel_conv.schedule.host import schedule
 from automodel_conv.schedule.jobs import ALIGN_BYTES, Copies, Job, ReadAndCopy, align_down, align_up
+from automodel_conv.schedule.requests import JobGroup, group_by_requests, one_by_one
 
 DEFAULT_SCRATCH_BYTES = 64 << 20
 """Scratch of a load to the host, if the caller sets none."""
@@ -111,7 +112,11 @@ def load_to_host(
     most = _most_threads(jobs, threads, scratch_bytes) if adapts else threads
     done: set[int] = set()
 
-    run = partial(_run_jobs, jobs, checkpoint, load.tensors, ThreadPolicy(threads, most), huge_pages, done, stop)
+    groups = group_by_requests(jobs, threads) if checkpoint.is_remote else one_by_one(jobs)
+
+    run = partial(
+        _run_jobs, jobs, groups, checkpoint, load.tensors, ThreadPolicy(threads, most), huge_pages, done, stop
+    )
 
     def unfinished() -> set[int]:
         return {target for number, job in enumerate(jobs) if number not in done for target in job.targets}
@@ -151,6 +156,7 @@ def _scratch_of_thread(jobs: Sequence[Job]) -> int:
 
 def _run_jobs(
     jobs: Sequence[Job],
+    groups: Sequence[JobGroup],
     checkpoint: Checkpoint,
     tensors: Sequence[Tensor],
     policy: ThreadPolicy,
@@ -159,57 +165,61 @@ def _run_jobs(
     stop: threading.Event | None,
     advance: Callable[[int], None],
 ) -> LoadStats:
-    """Run the jobs in threads; ``done`` collects the numbers of the finished jobs, even if this raises."""
+    """Run groups of jobs in threads; ``done`` collects the numbers of the finished jobs, even if this raises."""
     files = OpenFiles(checkpoint, jobs)
     views = [byte_view(tensor) for tensor in tensors]
     memory = NewMemory(tensors, huge_pages)
     slot_bytes = _slot_bytes(jobs)
     gaps: list[int] = []
 
-    def start() -> Callable[[tuple[int, Job]], None]:
+    def start() -> Callable[[JobGroup], None]:
         scratch = torch.empty(slot_bytes, dtype=torch.uint8, device="cpu")
         scratch_view = [byte_view(scratch)]
 
-        def run_job(item: tuple[int, Job]) -> None:
-            number, job = item
-            if isinstance(job, ReadAndCopy):
-                copies = job.copies
-                memory.populate_for(copies)
-                gaps.append(read(job.reads, checkpoint, files, scratch_view))
-                decode_codes(job.rectangles, scratch)
-                _copy(copies, scratch, tensors)
-            else:
-                memory.populate_for(job.reads)
-                gaps.append(read(job.reads, checkpoint, files, views))
-            done.add(number)
-            advance(job.total_bytes)
+        def run_group(group: JobGroup) -> None:
+            for file, ranges in group.ranges.items():
+                files.expect(file, ranges)
+            for number in group.numbers:
+                job = jobs[number]
+                if isinstance(job, ReadAndCopy):
+                    copies = job.copies
+                    memory.populate_for(copies)
+                    gaps.append(read(job.reads, checkpoint, files, scratch_view))
+                    decode_codes(job.rectangles, scratch)
+                    _copy(copies, scratch, tensors)
+                else:
+                    memory.populate_for(job.reads)
+                    gaps.append(read(job.reads, checkpoint, files, views))
+                done.add(number)
+                advance(job.total_bytes)
 
-        return _recorded(run_job, policy, lock) if adapts else run_job
+        return _recorded(run_group, jobs, policy, lock) if adapts else run_group
 
     adapts, lock = policy.most > policy.threads, threading.Lock()
     wanted = (lambda: policy.threads) if adapts else None
     try:
-        most = run_in_threads(enumerate(jobs), policy.threads, start, stop, most=policy.most, wanted=wanted)
+        most = run_in_threads(groups, policy.threads, start, stop, most=policy.most, wanted=wanted, abort=files.abort)
     finally:
         files.close()
     return LoadStats(0, sum(gaps), most * _scratch_of_thread(jobs), threads=most, pages=memory.use())
 
 
 def _recorded(
-    run_job: Callable[[tuple[int, Job]], None], policy: ThreadPolicy, lock: threading.Lock
-) -> Callable[[tuple[int, Job]], None]:
-    """Return ``run_job`` with a measurement: after each job, its bytes and seconds are recorded in ``policy``."""
+    run_group: Callable[[JobGroup], None], jobs: Sequence[Job], policy: ThreadPolicy, lock: threading.Lock
+) -> Callable[[JobGroup], None]:
+    """Return ``run_group`` with a measurement: after each group, its bytes and seconds are recorded in ``policy``."""
 
     last, last_ready = time.perf_counter(), system.seconds_ready()
 
-    def run_and_record(item: tuple[int, Job]) -> None:
+    def run_and_record(group: JobGroup) -> None:
         nonlocal last, last_ready
-        run_job(item)
+        run_group(group)
         before, last = last, time.perf_counter()
         ready_before, last_ready = last_ready, system.seconds_ready()
         seconds = last - before
+        nbytes = sum(jobs[number].total_bytes for number in group.numbers)
         with lock:
-            policy.record(item[1].total_bytes, seconds - (last_ready - ready_before), seconds, last)
+            policy.record(nbytes, seconds - (last_ready - ready_before), seconds, last)
 
     return run_and_record
 

@@ -14,6 +14,7 @@ from automodel_conv.execution.buffers import byte_view, dtype_of
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.files.source import OpenSource
 from automodel_conv.schedule.jobs import GAP_BYTES, Job, Read, Reads
+from automodel_conv.schedule.requests import ranges_of
 
 # Memory for the bytes between wanted bytes. All threads read into it at the same time, and its contents are never used.
 _JUNK = memoryview(bytearray(GAP_BYTES))
@@ -25,16 +26,9 @@ class OpenFiles:
     Args:
         checkpoint: the checkpoint with the files.
         jobs: the jobs, or the reads of each job.
-
-    Raises:
-        ReadError: the checkpoint was opened for its headers only.
     """
 
     def __init__(self, checkpoint: Checkpoint, jobs: Iterable[Job | Reads]):
-        if checkpoint.is_remote:
-            text = "this checkpoint was opened for its headers only, and its data is not on this machine"
-            do = "load it by its name org/name, which downloads it, or by its URL"
-            raise ReadError(message(text, where=next(iter(checkpoint.files), None), do=do))
         self._sources = checkpoint.sources
         self._jobs_left = Counter(file for job in jobs for file in job.files)
         self._open: dict[int, OpenSource] = {}
@@ -51,12 +45,27 @@ class OpenFiles:
                 self._open[file] = self._sources[file].open()
             return self._open[file]
 
+    def expect(self, file: int, ranges: Sequence[tuple[int, int]]) -> None:
+        """State the ranges of a file that this thread reads next.
+
+        Raises:
+            OSError: the file cannot be opened.
+        """
+        self.opened(file).expect(ranges)
+
     def release(self, file: int) -> None:
         """Record that one job of a file is done, and close the file after its last job."""
         with self._lock:
             self._jobs_left[file] -= 1
             if not self._jobs_left[file]:
                 self._open.pop(file).close()
+
+    def abort(self) -> None:
+        """End reads in which threads wait for a network, so that the threads can end; they raise ReadError."""
+        with self._lock:
+            files = list(self._open.values())
+        for file in files:
+            file.abort()
 
     def close(self) -> None:
         """Close all files that are still open."""
@@ -150,6 +159,9 @@ def read_each(rows: Sequence[int], checkpoint: Checkpoint) -> Iterator[Tensor]:
     reads = [Reads.from_list([job]) for job in jobs]
     files = OpenFiles(checkpoint, reads)
     try:
+        if checkpoint.is_remote:
+            for file, ranges in ranges_of(reads).items():
+                files.expect(file, ranges)
         for row, job in zip(rows, reads, strict=True):
             dtype = dtype_of(checkpoint.dtypes[row], checkpoint.names[row])
             tensor = torch.empty(checkpoint.shapes[row], dtype=dtype, device="cpu")

@@ -14,6 +14,7 @@ from automodel_conv.execution.page_policy import PageUse
 from automodel_conv.execution.report_text import Row, cost_rows, count_row, memory_row, text_of
 from automodel_conv.execution.stats import LoadStats
 from automodel_conv.files.checkpoint import Checkpoint
+from automodel_conv.files.remote.connections import Traffic
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.problems import Problems
 
@@ -49,6 +50,11 @@ class LoadReport:
         computed: targets that ``load_with`` left to the loading code itself, and why, by name.
         adapted: names of targets that an adapter changed.
         rewritten: names of targets to which loading code writes elements more than once; the last write counts.
+        requests: number of requests for bytes that are not on this machine, since the checkpoint was opened; like the
+            next three, 0 for files on this machine.
+        retries: number of requests that were repeated because of a fault that passed.
+        connections: largest number of connections that were open at the same time.
+        bytes_received: bytes of all answers, with headers of files and copies of small files.
 
     Example:
         >>> import torch
@@ -84,6 +90,10 @@ class LoadReport:
     computed: Mapping[str, str] = field(default_factory=dict)
     rewritten: tuple[str, ...] = ()
     adapted: tuple[str, ...] = ()
+    requests: int = 0
+    retries: int = 0
+    connections: int = 0
+    bytes_received: int = 0
 
     @property
     def gb_per_s(self) -> float:
@@ -98,6 +108,10 @@ def load_rows(report: LoadReport) -> list[Row]:
     """Return the rows of the report of a load, those of devices and of rare problems only if they are not empty."""
     rows = cost_rows("read", report.bytes_read, report.gb_per_s)
     rows += [Row("mapped", size_text(report.bytes_mapped))] if report.bytes_mapped else []
+    if report.requests:
+        requests = f"{report.requests}, {report.retries} of them repeated"
+        rows.append(Row("received", size_text(report.bytes_received)))
+        rows += [Row("requests", requests), Row("connections, at most", str(report.connections))]
     rows.append(Row("seconds", f"{sum(report.seconds.values()):.3f}"))
     labels = {"plan": "plan, with imports"}
     rows += [Row(f"seconds: {labels.get(phase, phase)}", f"{s:.3f}") for phase, s in report.seconds.items()]
@@ -164,6 +178,7 @@ def report_of(
     adapted: Iterable[str] = (),
 ) -> LoadReport:
     """Build the report of a load from its plan, problems, times and statistics by device."""
+    traffic = Traffic() if checkpoint.traffic is None else checkpoint.traffic
     return LoadReport(
         missing_keys=tuple(problems.missing),
         unexpected_keys=tuple(problems.unexpected),
@@ -182,4 +197,8 @@ def report_of(
         without_kernels=next((one.without_kernels for one in stats.values() if one.without_kernels), None),
         bytes_mapped=sum(tensor.nbytes for tensor in mapped.values()),
         adapted=tuple(adapted),
+        requests=traffic.requests,
+        retries=traffic.retries,
+        connections=traffic.most_connections,
+        bytes_received=traffic.bytes_received,
     )

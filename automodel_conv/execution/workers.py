@@ -33,6 +33,7 @@ def run_in_threads(
     *,
     most: int = 0,
     wanted: Callable[[], int] | None = None,
+    abort: Callable[[], None] | None = None,
 ) -> int:
     """Process each item in one of several threads, in order; end all threads at the first error, and raise it.
 
@@ -47,6 +48,7 @@ def run_in_threads(
         most: largest number of threads that ``wanted`` may ask for.
         wanted: function that returns how many threads should work from now on, at least one. It is called after each
             item. Fewer threads work if the system cannot start more. None keeps the number constant.
+        abort: function that ends the waiting of threads, so that they notice the first error or an interrupt.
 
     Returns:
         The largest number of threads that worked at the same time.
@@ -57,7 +59,7 @@ def run_in_threads(
     todo = deque(items)
     ended = threading.Event()
     threads = min(threads, len(todo))
-    group = _ThreadGroup(max(threads, most), ended)
+    group = _ThreadGroup(max(threads, most), ended, abort)
     count = _WorkerCount(threads)
 
     def should_continue() -> bool:
@@ -136,8 +138,9 @@ def run_concurrently(tasks: Sequence[Callable[[], None]], stop: threading.Event)
 class _ThreadGroup:
     """A group of threads that end together, each of which may start further ones; see ``run_concurrently``."""
 
-    def __init__(self, most: int, stop: threading.Event):
+    def __init__(self, most: int, stop: threading.Event, abort: Callable[[], None] | None = None):
         self._stop = stop
+        self._abort = abort
         self._running: dict[int, Callable[[], None]] = {}
         """Task of each running thread, by the number of the thread."""
         self._change = threading.Condition()
@@ -158,8 +161,10 @@ class _ThreadGroup:
                 wait(self._futures[:known], return_when=FIRST_EXCEPTION)
         finally:
             # The pool may miss a thread if a signal interrupted its start, so wait for the threads themselves.
+            self._stop.set()
+            if self._abort is not None and self._running:
+                self._abort()
             with self._change:
-                self._stop.set()
                 self._change.wait_for(lambda: not self._running)
             self._pool.shutdown()
             # No references in a circle: memory and files of the threads are free once the caller drops the error.

@@ -32,6 +32,7 @@ from automodel_conv.files.write_errors import write_errors
 from automodel_conv.planning.copies import Decode
 from automodel_conv.schedule.host import group_reads, jobs_through_scratch
 from automodel_conv.schedule.jobs import Copies, Job, Move, ReadInPlace, Reads, align_down
+from automodel_conv.schedule.requests import CONNECTIONS, ranges_of
 from automodel_conv.schedule.writes import Slab, filled_ranges
 
 LEAST_SCRATCH_BYTES = 1 << 16
@@ -59,6 +60,16 @@ class SlabProducer(Protocol):
         ...
 
 
+class SlabGroup(NamedTuple):
+    """Slabs of one file that one kind of producer computes."""
+
+    slabs: Sequence[Slab]
+    start: Callable[[], SlabProducer]
+    """Function that starts a producer in a thread."""
+    abort: Callable[[], None] | None = None
+    """Function that ends reads in which producers wait for a network; None if they do not."""
+
+
 class ScratchSplit(NamedTuple):
     """Scratch for writing or comparing files, split equally among threads."""
 
@@ -75,19 +86,23 @@ class ScratchSplit(NamedTuple):
         return self.threads * (self.slab_bytes + self.input_bytes + copies)
 
 
-def split_scratch(threads: int | None, scratch_bytes: int, *, reads_files: bool) -> ScratchSplit:
+def split_scratch(
+    threads: int | None, scratch_bytes: int, *, reads_files: bool, is_remote: bool = False
+) -> ScratchSplit:
     """Split ``scratch_bytes`` among threads: a slab for each, memory for its copies, and an input if files are read.
 
     Args:
-        threads: number of threads, or None for the number of cores, at most 16. Fewer are used if the scratch is too
-            small for all.
+        threads: number of threads, or None for the number of cores, at most 16, and 16 if they wait for a network.
+            Fewer are used if the scratch is too small for all.
         scratch_bytes: scratch of all threads together.
         reads_files: whether slabs are computed from files.
+        is_remote: whether bytes of the files come over a network.
 
     Raises:
         ConversionError: the scratch is too small for one thread, or ``threads`` is below 1.
     """
-    threads = min(cores(), _MOST_THREADS) if threads is None else threads
+    if threads is None:
+        threads = CONNECTIONS if is_remote else min(cores(), _MOST_THREADS)
     if threads < 1 or scratch_bytes < LEAST_SCRATCH_BYTES:
         raise ConversionError(
             message(
@@ -116,7 +131,7 @@ def create_shard_file(shard: Shard, path: str) -> None:
 
 
 def write_slabs(
-    slabs: Sequence[tuple[Sequence[Slab], Callable[[], SlabProducer]]],
+    groups: Sequence[SlabGroup],
     path: str,
     threads: int,
     advance: Callable[[int], None],
@@ -124,7 +139,7 @@ def write_slabs(
     """Write slabs into a file that ``create_shard_file`` has created, and wait until they are on the disk.
 
     Args:
-        slabs: groups of slabs of this file. Each group has a function that starts its producer in a thread.
+        groups: the slabs of this file.
         path: path of the file.
         threads: number of threads that write.
         advance: function that is called with each number of bytes written.
@@ -136,8 +151,10 @@ def write_slabs(
     with write_errors(path, "a file"):
         with system.open_existing(path) as file:
             fd = file.fileno()
-            for group, start in slabs:
-                run_in_threads(group, threads, lambda start=start: _slab_writer(start(), fd, path, advance))
+            for slabs, start, abort in groups:
+                run_in_threads(
+                    slabs, threads, lambda start=start: _slab_writer(start(), fd, path, advance), abort=abort
+                )
             system.sync(fd)
 
 
@@ -156,24 +173,30 @@ def _slab_writer(producer: SlabProducer, fd: int, path: str, advance: Callable[[
 
 
 def first_different_byte(
-    slabs: Sequence[Slab],
+    group: SlabGroup,
     source: ByteSource,
-    start: Callable[[], SlabProducer],
     threads: int,
     advance: Callable[[int], None],
 ) -> int | None:
     """Return the offset of the first byte of a file that differs from the bytes of its slabs; None if none does.
 
     Args:
-        slabs: slabs of the file. Bytes that no slab covers are not compared.
+        group: slabs of the file. Bytes that no slab covers are not compared.
         source: the file to compare.
-        start: function that starts a producer of the slabs in a thread.
         threads: number of threads that compare.
         advance: function that is called with each number of bytes compared.
     """
     differences: list[int] = []
     with opened(source) as file:
-        run_in_threads(slabs, threads, lambda: _slab_comparer(start(), file, differences, advance))
+
+        def abort() -> None:
+            file.abort()
+            if group.abort is not None:
+                group.abort()
+
+        run_in_threads(
+            group.slabs, threads, lambda: _slab_comparer(group.start(), file, differences, advance), abort=abort
+        )
     return min(differences, default=None)
 
 
@@ -184,6 +207,7 @@ def _slab_comparer(
 
     def compare(slab: Slab) -> None:
         offset = slab.offset_bytes
+        file.expect([(offset, offset + slab.nbytes)])
         for view in producer(slab):
             for first in range(0, len(view), _WINDOW_BYTES):
                 expected = np.frombuffer(view[first : first + _WINDOW_BYTES], np.uint8)
@@ -311,6 +335,9 @@ class SourceFileProducer:
         typed = {}
         if slab.is_zeros:
             self._slab.memory[: slab.nbytes].zero_()
+        if self._checkpoint.is_remote:
+            for file, ranges in ranges_of(job.reads for job in self._jobs[slab.file, slab.offset_bytes]).items():
+                self._files.expect(file, ranges)
         for job in self._jobs[slab.file, slab.offset_bytes]:
             if isinstance(job, ReadInPlace):
                 read(job.reads, self._checkpoint, self._files, [self._slab_view])

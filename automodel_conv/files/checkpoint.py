@@ -1,52 +1,32 @@
 """Open a safetensors checkpoint by reading its index and the headers of its files.
 
-If the cache holds all files of a Hub repository, they are opened from there. Otherwise only their headers are fetched.
-Callers that read tensor data use ``open_downloaded``, which downloads the files first. Files behind a URL are never
-downloaded: their headers and their data are read by range.
+Files that are not on this machine are read by range: first their headers, and then the bytes that a load needs.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
-from automodel_conv.doors import door
-from automodel_conv.errors import CheckpointError, listing
+from typing_extensions import Unpack
+
+from automodel_conv.doors import door, keyword_options
+from automodel_conv.errors import listing
 from automodel_conv.files import system
-from automodel_conv.files.choosing import (
-    ADVICE,
-    Chosen,
-    absent_files,
-    choose_behind_url,
-    choose_files,
-    choose_in_repository,
-    refuse_absent,
-)
-from automodel_conv.files.companions import is_companion
-from automodel_conv.files.header import (
-    Header,
-    Item,
-    checkpoint_error,
-    read_header,
-    short,
-    take,
-)
-from automodel_conv.files.hub import HubFile, Repository, download, find_repository, names_in
-from automodel_conv.files.remote import RemoteFolder, fetch_small_files, find_folder, is_url, refuse_url
-from automodel_conv.files.shards import LAYOUT_KEY, PAGE_BYTES
+from automodel_conv.files.choosing import Chosen, refuse_absent
+from automodel_conv.files.header import Header, Item, checkpoint_error, read_header, short, take
+from automodel_conv.files.located import SMALL_NAMES, Located, locate
+from automodel_conv.files.remote.connections import Connections, Traffic
+from automodel_conv.files.remote.urls import is_url
+from automodel_conv.files.shards import LAYOUT_KEY
 from automodel_conv.files.source import ByteSource, LocalFile
+from automodel_conv.files.source_options import SourceOptions, SourceSettings
 
 _READERS = 16
-# Estimated bytes of a header without tensors, and bytes that each tensor adds to its name. Both err on the large side.
-_HEADER_GUESS = 2048
-_ENTRY_GUESS = 110
-_REPOSITORY = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,9 +55,9 @@ class Checkpoint:
         layouts: expert layouts that the files and the index name, without duplicates; see ``compiling/marks.py``.
         unindexed: name and file name of each tensor that is stored in a file to which the index does not assign it,
             sorted by file and then by name. These tensors are not part of the checkpoint. Empty without an index.
-        is_remote: whether only headers can be read: a URL was opened, or some files of a repository are not on this
-            machine. Such a checkpoint can be planned for; loads open it again by its URL or name.
         sources: source of the bytes of each file. Defaults to the files on this machine.
+        traffic: counts of the requests for bytes that are not on this machine; None if all are.
+        headers_only: whether plans of it read no tensor data, because that would need further requests.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -105,12 +85,18 @@ class Checkpoint:
     index_metadata: dict[str, Any] | None = field(default=None, repr=False)
     layouts: tuple[str, ...] = field(repr=False, default=())
     unindexed: tuple[tuple[str, str], ...] = field(default=(), repr=False)
-    is_remote: bool = False
     sources: tuple[ByteSource, ...] = field(default=(), repr=False)
+    traffic: Traffic | None = field(default=None, repr=False)
+    headers_only: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.sources:
             object.__setattr__(self, "sources", tuple(map(LocalFile, self.files)))
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the bytes of some files come by requests over a network."""
+        return any(source.is_remote for source in self.sources)
 
     def left_out(self, rows: Iterable[int]) -> tuple[str, ...]:
         """Return the names of the tensors in ``rows``, followed by the names in ``unindexed``."""
@@ -119,7 +105,8 @@ class Checkpoint:
 
 
 @door("opening a checkpoint")
-def open_checkpoint(path: str | os.PathLike[str], *, revision: str | None = None) -> Checkpoint:
+@keyword_options(SourceOptions, SourceSettings)
+def open_checkpoint(path: str | os.PathLike[str], **options: Unpack[SourceOptions]) -> Checkpoint:
     """Read and check the headers of a safetensors checkpoint, without reading tensor data.
 
     The checkpoint consists of the tensors that the index assigns to a file. Other tensors in that file are listed in
@@ -128,17 +115,18 @@ def open_checkpoint(path: str | os.PathLike[str], *, revision: str | None = None
     Args:
         path: a directory, an index file or one ``.safetensors`` file. If no such path exists, ``org/name`` on the Hub.
             In a directory an index takes precedence over a single file, and files that it does not name are not opened.
-            If the cache holds only a part of a repository, the config and the index are downloaded and the headers are
-            read by range requests. Or a URL of a folder, an index or a file that fsspec reads, such as ``s3://``,
-            ``gs://`` or ``https://``; the headers are read by range requests.
-        revision: branch, tag or commit of a repository. None: its default branch.
+            Or a URL of a folder, an index or a file: ``hf://org/name@revision``, ``s3://``, ``gs://``, ``https://`` or
+            another one that fsspec opens. Files that are not on this machine, or in the Hub's cache, are read by range.
+            Only small files, such as the config and the index, are copied: those of a repository to the Hub's cache,
+            others to a temporary folder.
+        **options: see ``SourceOptions``.
 
     Returns:
         Names, dtypes, shapes and byte offsets of all tensors, as columns.
 
     Raises:
         CheckpointError: a file is missing, unreadable or malformed, or the files contradict each other.
-        UnsupportedError: the weights are in another format than safetensors.
+        UnsupportedError: the weights are in another format than safetensors, or an option does not fit the path.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -150,41 +138,31 @@ def open_checkpoint(path: str | os.PathLike[str], *, revision: str | None = None
         >>> checkpoint.names, checkpoint.dtypes, checkpoint.shapes
         (['weight'], ['F32'], [(2, 3)])
     """
-    location = _locate(os.fsdecode(path), revision)
-    if isinstance(location, str):
-        return _open(choose_files(location))
-    if isinstance(location, RemoteFolder):
-        return replace(_open_by_range(location), is_remote=True)
-    chosen = choose_in_repository(location, names_in(location))
-    return _open_remote(chosen, location) if absent_files(chosen) else _open(chosen)
+    checkpoint = open_source(path, SourceSettings(**options))
+    return replace(checkpoint, headers_only=checkpoint.is_remote)
 
 
-@door("opening a checkpoint")
-def open_downloaded(
-    path: str | os.PathLike[str], *, revision: str | None = None, companions: bool = False, by_range: bool = False
+def open_source(
+    path: str | os.PathLike[str],
+    settings: SourceSettings,
+    *,
+    companions: bool = False,
+    whole: bool = False,
+    weights: str = "",
+    small: Sequence[str] = SMALL_NAMES,
 ) -> Checkpoint:
-    """Open a checkpoint to read its data; first download the files of a repository that the cache lacks.
+    """Open a checkpoint; see ``open_checkpoint``.
 
     Args:
-        path, revision: see ``open_checkpoint``.
-        companions: whether to download the files that accompany the weights as well.
-        by_range: whether a URL is accepted, which is then read by range.
+        path, settings: see ``open_checkpoint``.
+        companions: whether files that accompany the weights must be in ``directory`` of the result.
+        whole: whether the weights of a repository are downloaded to the Hub's cache first.
+        weights, small: see ``locate``.
 
     Raises:
-        CheckpointError: see ``open_checkpoint``.
-        UnsupportedError: see ``open_checkpoint``; or the path is a URL and ``by_range`` is false.
+        CheckpointError, UnsupportedError: see ``open_checkpoint``.
     """
-    if not by_range:
-        refuse_url(path)
-    location = _locate(os.fsdecode(path), revision)
-    if isinstance(location, str):
-        return _open(choose_files(location))
-    if isinstance(location, RemoteFolder):
-        return _open_by_range(location)
-    names = names_in(location)
-    chosen = choose_in_repository(location, names)
-    download(location, [*chosen.shards, *(filter(is_companion, names) if companions else ())])
-    return _open(chosen)
+    return _read(locate(os.fsdecode(path), settings, companions=companions, whole=whole, weights=weights, small=small))
 
 
 def open_files(files: Sequence[tuple[str, str]]) -> Checkpoint:
@@ -202,7 +180,7 @@ def open_files(files: Sequence[tuple[str, str]]) -> Checkpoint:
     paths = [os.path.abspath(path) for path, _ in files]
     folder = os.path.dirname(paths[0])
     chosen = Chosen(folder, folder, paths, None)
-    refuse_absent(absent_files(chosen), chosen, folder)
+    refuse_absent([path for path in paths if not system.is_file(path)], chosen, folder)
     sources = tuple(map(LocalFile, paths))
     headers = [
         header._replace(names=[f"{prefix}{name}" for name in header.names]) if prefix else header
@@ -213,6 +191,33 @@ def open_files(files: Sequence[tuple[str, str]]) -> Checkpoint:
     return _with_rows(checkpoint, sorted(last, key=lambda row: (checkpoint.file_ids[row], checkpoint.names[row])))
 
 
+def joined(parts: Sequence[tuple[Checkpoint, str]]) -> Checkpoint:
+    """Return several checkpoints as one.
+
+    Tensors are in the order of ``open_files``. Of tensors with one name the last counts.
+
+    Args:
+        parts: each checkpoint, and what comes before the names of its tensors.
+    """
+    first, _ = parts[0]
+    starts = list(accumulate((len(part.files) for part, _ in parts), initial=0))
+    whole = replace(
+        first,
+        files=tuple(_chain(list(part.files) for part, _ in parts)),
+        sources=tuple(_chain(list(part.sources) for part, _ in parts)),
+        names=[f"{prefix}{name}" for part, prefix in parts for name in part.names],
+        dtypes=_chain(part.dtypes for part, _ in parts),
+        shapes=_chain(part.shapes for part, _ in parts),
+        file_ids=[start + file for (part, _), start in zip(parts, starts, strict=False) for file in part.file_ids],
+        offsets=_chain(part.offsets for part, _ in parts),
+        nbytes=_chain(part.nbytes for part, _ in parts),
+        metadata={key: value for part, _ in parts for key, value in part.metadata.items()},
+        traffic=next((part.traffic for part, _ in parts if part.traffic is not None), None),
+    )
+    last = dict(zip(whole.names, range(len(whole.names)), strict=True)).values()
+    return _with_rows(whole, sorted(last, key=lambda row: (whole.file_ids[row], whole.names[row])))
+
+
 def rows_by_file(checkpoint: Checkpoint) -> list[list[int]]:
     """Return the rows of the tensors of each file."""
     rows: list[list[int]] = [[] for _ in checkpoint.files]
@@ -221,65 +226,21 @@ def rows_by_file(checkpoint: Checkpoint) -> list[list[int]]:
     return rows
 
 
-def _locate(path: str, revision: str | None) -> str | RemoteFolder | Repository:
-    """Return the folder of a URL, the absolute path if it exists, or else the repository of that name."""
-    if is_url(path):
-        return find_folder(path)
-    if system.exists(path):
-        return os.path.abspath(path)
-    try:
-        if path.endswith((".safetensors", ".json", *ADVICE)) or not _REPOSITORY.fullmatch(path):
-            do = "check the path; a repository of the Hub is named org/name"
-            if path.startswith("~"):
-                do = "pass os.path.expanduser(path): a shell expands ~, and this package does not"
-            raise checkpoint_error("no such checkpoint", where=path, do=do)
-        return find_repository(path, revision)
-    except CheckpointError as error:
-        similar = _similar_paths(path)
-        if similar:
-            error.add("  similar:\n" + listing(similar))
-        raise
+def _read(located: Located) -> Checkpoint:
+    checkpoint = _merge(located.chosen, located.sources, _headers(located.sources, located.connections))
+    return replace(checkpoint, traffic=located.traffic)
 
 
-def _similar_paths(path: str) -> list[str]:
-    """Return up to three paths with similar last names in the parent directory of a path that does not exist."""
-    parent, name = os.path.split(path.rstrip("/"))
-    try:
-        names = system.list_names(parent or os.curdir)
-    except (OSError, ValueError):  # there is no such directory, or no directory can have this name
-        return []
-    return [os.path.join(parent, other) for other in difflib.get_close_matches(name, names, 3)]
-
-
-def _open(chosen: Chosen) -> Checkpoint:
-    refuse_absent(absent_files(chosen), chosen, chosen.directory)
-    sources = tuple(map(LocalFile, chosen.files))
-    return _merge(chosen, sources, _headers(sources))
-
-
-def _headers(sources: Sequence[ByteSource]) -> list[Header]:
+def _headers(sources: Sequence[ByteSource], connections: Connections | None = None) -> list[Header]:
     if len(sources) == 1:  # starting a thread would take as long
         return [read_header(sources[0])]
     with ThreadPoolExecutor(max_workers=min(_READERS, len(sources))) as pool:
-        return list(pool.map(read_header, sources))
-
-
-def _open_remote(chosen: Chosen, repository: Repository) -> Checkpoint:
-    """Return the checkpoint of files that are not on this machine, from their headers only."""
-    guesses = dict.fromkeys(chosen.shards, _HEADER_GUESS)
-    for name, shard in chosen.index.weight_map.items() if chosen.index else ():
-        guesses[shard] += len(name) + _ENTRY_GUESS
-    pages = (-(-guess // PAGE_BYTES) * PAGE_BYTES for guess in guesses.values())  # our own headers fill whole pages
-    sources = tuple(map(HubFile, map(repository.url, chosen.shards), pages))
-    return replace(_merge(chosen, sources, _headers(sources)), is_remote=True)
-
-
-def _open_by_range(folder: RemoteFolder) -> Checkpoint:
-    """Return the checkpoint behind a URL, after reading the headers of all files at the same time."""
-    names, small = fetch_small_files(folder)
-    chosen = choose_behind_url(folder.url, folder.name, names, small.folder)
-    sources = tuple(folder.file(shard, small) for shard in chosen.shards)
-    return _merge(chosen, sources, _headers(sources))
+        try:
+            return list(pool.map(read_header, sources))
+        except BaseException:
+            if connections is not None:
+                connections.stopped.set()
+            raise
 
 
 def _merge(chosen: Chosen, sources: tuple[ByteSource, ...], headers: list[Header]) -> Checkpoint:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from automodel_conv.errors import CheckpointError, UnsupportedError, listing, message
 from automodel_conv.files import system
 from automodel_conv.files.header import checkpoint_error, located, parse_object, read_limited, short, with_open
-from automodel_conv.files.hub import Repository
 from automodel_conv.files.shards import DEFAULT_NAMING
 from automodel_conv.files.staging import STAGING_NAME
 
@@ -19,6 +18,7 @@ MAX_INDEX_BYTES = 500_000_000
 INDEX_NAME = DEFAULT_NAMING.index_name
 SINGLE_NAME = DEFAULT_NAMING.file_name(1, 1)
 INDEX_SUFFIX = ".safetensors.index.json"
+_INDEX = re.compile(r"\.safetensors\.index(\.[^.]+)?\.json\Z")
 _SHARD = re.compile(r"-\d+-of-(\d+)\.safetensors\Z")
 ADVICE = {
     ".bin": "convert pickled weights: load them with transformers and call save_pretrained",
@@ -54,8 +54,12 @@ class Chosen(NamedTuple):
         return tuple(os.path.join(self.directory, shard) for shard in self.shards)
 
 
-def choose_files(root: str) -> Chosen:
+def choose_files(root: str, variant: str | None = None) -> Chosen:
     """Return the files of the checkpoint at a path: a directory, an index or a single file.
+
+    Args:
+        root: the path.
+        variant: variant of the files of a directory, as in ``model.fp16.safetensors``; None: those without one.
 
     Raises:
         CheckpointError: the path holds no finished checkpoint, or its index is malformed.
@@ -69,40 +73,21 @@ def choose_files(root: str) -> Chosen:
         present = system.list_names(root)
     except OSError as error:
         raise checkpoint_error("cannot list a directory", where=root, found=error) from error
-    return _select_file(root, os.path.join(root, _choose(root, present)))
+    return _select_file(root, os.path.join(root, choose_name(root, present, variant)))
 
 
-def choose_in_repository(repository: Repository, names: list[str]) -> Chosen:
-    """Return the files of the checkpoint of a repository.
+def choose_in_folder(url: str, name: str, copy: str | None) -> Chosen:
+    """Return the files of the checkpoint that an index or a single file behind a URL names.
 
     Args:
-        repository: a repository with all of its index files on this machine.
-        names: paths of all files in the repository.
+        url: URL or name of the folder, for error texts.
+        name: name of the index or of the single file.
+        copy: path of a copy of the index on this machine; None for a single file.
 
     Raises:
         CheckpointError, UnsupportedError: see ``choose_files``.
     """
-    name = _choose(repository.name, sorted(name for name in names if "/" not in name))
-    chosen = _select_file(repository.folder, os.path.join(repository.folder, name))
-    present = set(names)
-    refuse_absent([shard for shard in chosen.shards if shard not in present], chosen, repository.name)
-    return chosen
-
-
-def choose_behind_url(url: str, name: str, names: list[str], folder: str) -> Chosen:
-    """Return the files of the checkpoint behind a URL.
-
-    Args:
-        url: URL of its folder.
-        name: name of the index or of the single file; empty: it is chosen from ``names``.
-        names: names in the folder.
-        folder: path of the folder on this machine that holds the index and the config.
-
-    Raises:
-        CheckpointError, UnsupportedError: see ``choose_files``.
-    """
-    name = name or _choose(url, sorted(names))
-    return _select_file(url, f"{url}/{name}", os.path.join(folder, name))._replace(directory=folder)
+    return _select_file(url, f"{url}/{name}", copy)
 
 
 def _select_file(root: str, file: str, copy: str | None = None) -> Chosen:
@@ -113,11 +98,6 @@ def _select_file(root: str, file: str, copy: str | None = None) -> Chosen:
         return Chosen(root, directory, sorted(set(index.weight_map.values())), index)
     _refuse_other_formats(file)
     return Chosen(root, directory, [os.path.basename(file)], None)
-
-
-def absent_files(chosen: Chosen) -> list[str]:
-    """Return the names of the files that are not on this machine."""
-    return [shard for shard, file in zip(chosen.shards, chosen.files, strict=True) if not system.is_file(file)]
 
 
 def refuse_absent(absent: list[str], chosen: Chosen, where: str) -> None:
@@ -131,8 +111,19 @@ def refuse_absent(absent: list[str], chosen: Chosen, where: str) -> None:
         )
 
 
-def _choose(directory: str, present: list[str]) -> str:
-    """Return the name of the index or of the single file among the names in a directory."""
+def choose_name(directory: str, present: list[str], variant: str | None = None) -> str:
+    """Return the name of the index or of the single file among the names in a directory.
+
+    Args:
+        directory: path or URL of the directory, for error texts.
+        present: the names.
+        variant: see ``choose_files``.
+
+    Raises:
+        CheckpointError, UnsupportedError: see ``choose_files``.
+    """
+    if variant is not None:
+        return _choose_variant(directory, present, variant)
     indices = [name for name in present if name.endswith(INDEX_SUFFIX)]
     if INDEX_NAME in indices:
         return INDEX_NAME
@@ -182,6 +173,31 @@ def _choose(directory: str, present: list[str]) -> str:
     )
 
 
+def names_of_variant(variant: str | None) -> tuple[str, str]:
+    """Return the names of the index and of the single file of a variant.
+
+    Source: transformers 5.24.0, ``_add_variant`` in ``utils/hub.py``.
+    """
+    if variant is None:
+        return INDEX_NAME, SINGLE_NAME
+    return f"{INDEX_NAME.removesuffix('.json')}.{variant}.json", f"model.{variant}.safetensors"
+
+
+def _choose_variant(directory: str, present: list[str], variant: str) -> str:
+    names = names_of_variant(variant)
+    for name in names:
+        if name in present:
+            return name
+    weights = [name for name in present if ".safetensors" in name]
+    raise checkpoint_error(
+        "no files of this variant",
+        where=directory,
+        expected=" or ".join(names),
+        found="\n" + listing(weights) if weights else "no safetensors weights",
+        do="leave {variant} out, or name one that exists",
+    )
+
+
 def _unfinished(directory: str) -> CheckpointError:
     return checkpoint_error(
         "no checkpoint yet: a conversion or a save into this directory is not finished",
@@ -213,7 +229,7 @@ def _read_index(path: str, copy: str) -> Index:
     data = with_open(copy, lambda fd: read_limited(fd, copy, MAX_INDEX_BYTES))
     parsed = parse_object(data, path)
     weight_map, metadata = parsed.get("weight_map"), parsed.get("metadata")
-    if "weight_map" not in parsed and not path.endswith(INDEX_SUFFIX):
+    if "weight_map" not in parsed and not _INDEX.search(path):
         raise checkpoint_error(
             "not an index of a checkpoint",
             where=path,

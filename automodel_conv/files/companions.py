@@ -22,6 +22,28 @@ _WEIGHTS = re.compile(
 # Source of "checkpoint-": PREFIX_CHECKPOINT_DIR in transformers 5.24.0, ``trainer_utils.py``.
 _SKIPPED_FOLDER = re.compile(rf"\..*|__pycache__|{re.escape(STAGING_NAME)}|checkpoint-\d+", re.DOTALL)
 
+WELL_KNOWN = (
+    "adapter_config.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tiktoken.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+"""Names of files that may accompany the weights where names cannot be listed.
+
+Source: transformers 5.24.0, the file names in ``utils/__init__.py`` and in ``vocab_files_names`` of tokenizers."""
+
 
 def is_companion(path: str) -> bool:
     """Return whether a file accompanies the weights.

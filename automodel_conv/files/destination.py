@@ -54,6 +54,8 @@ class Destination:
         self._index_name = index_name
         self.verified = finished & verified
         """Names of the shards that have been compared with their sources."""
+        self.checksums: dict[str, dict[str, str]] = {}
+        """Checksums of the tensors in each shard that were computed when it was finished, by its name."""
 
     @property
     def unfinished(self) -> frozenset[str]:
@@ -82,11 +84,19 @@ class Destination:
                 write_exactly(file.fileno(), [memoryview(text)], 0, self.path(name))
                 system.sync(file.fileno())
 
-    def finish(self, shard: Shard, *, verified: bool = False) -> None:
-        """Record that a shard is complete on the disk, and whether it has been compared with its sources."""
+    def finish(self, shard: Shard, *, verified: bool = False, checksums: dict[str, str] | None = None) -> None:
+        """Record that a shard is complete on the disk.
+
+        Args:
+            shard: the shard.
+            verified: whether it has been compared with its sources.
+            checksums: checksums of its tensors; None if they have not been computed.
+        """
         with write_errors(self.directory):
             append_record(self._journal, {"finished": shard.name, "verified": verified})
         self._finished.add(shard.name)
+        if checksums is not None:
+            self.checksums[shard.name] = checksums
 
     def commit(self, index: bytes | None) -> None:
         """Turn the directory into a checkpoint once all shards are finished.
@@ -98,14 +108,12 @@ class Destination:
         """
         shards = [shard.name for shard in self._shards]
         with write_errors(self.directory):
-            known = {LOCK_NAME, JOURNAL_NAME, COMPANIONS_NAME, self._index_name, *shards}
-            written = set(system.list_names(self.staging)) - known
-            others = {name: self.path(name) for name in written} | _files_below(self.path(COMPANIONS_NAME))
+            others = self._others()
             for path in others.values():
                 _sync(path)
             if index is not None:
                 self.write(self._index_name, index)
-            names = [*sorted(others), *_in_order(shards, None if index is None else self._index_name)]
+            names = [*sorted(others), *weights_in_order(shards, None if index is None else self._index_name)]
             paths = {name: others.get(name) or self.finished_path(name) for name in names}
             placed = {name: [*system.identity(paths[name])] for name in names}  # raises if a file is in neither place
             system.sync_directory(self.staging)
@@ -125,8 +133,14 @@ class Destination:
                     system.rename(paths[name], final_path)
             system.sync_directory(self.directory)
 
+    def _others(self) -> dict[str, str]:
+        """Return the paths of all files before ``commit`` but shards and index, by their names."""
+        known = {LOCK_NAME, JOURNAL_NAME, COMPANIONS_NAME, self._index_name, *(shard.name for shard in self._shards)}
+        written = set(system.list_names(self.staging)) - known
+        return {name: self.path(name) for name in written} | _files_below(self.path(COMPANIONS_NAME))
 
-def _in_order(shards: Sequence[str], index_name: str | None) -> list[str]:
+
+def weights_in_order(shards: Sequence[str], index_name: str | None) -> list[str]:
     """Return the names of weights and index in an order in which no loader mistakes a part of them for the whole.
 
     A loader may take a file without a number for a whole checkpoint, unless an index names others. It even prefers

@@ -1,8 +1,6 @@
-"""Repositories of the Hub: list their files, download the small ones, and read headers of the large ones.
+"""Repositories of the Hub: list their files, and download the small ones.
 
-The cache, tokens, mirrors (``HF_ENDPOINT``) and the offline mode are those of huggingface_hub. If a file is not in the
-cache, its header is read by range requests. Source: huggingface_hub 1.33.0, ``parse_safetensors_file_metadata`` in
-``hf_api.py``.
+The cache, tokens, mirrors (``HF_ENDPOINT``) and the offline mode are those of huggingface_hub.
 """
 
 from __future__ import annotations
@@ -11,22 +9,26 @@ import glob
 import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
+from urllib.parse import unquote
 
 from automodel_conv.files import system
 from automodel_conv.files.config import CONFIG_NAME, MODELOPT_NAME
 from automodel_conv.files.header import checkpoint_error
+from automodel_conv.files.remote.urls import without_secrets
 from automodel_conv.files.shards import CHECKSUMS_NAME
-from automodel_conv.files.source import Identity, OpenSource
+from automodel_conv.files.source_options import SourceSettings
 
 _SMALL = ("*.safetensors.index.json", CONFIG_NAME, MODELOPT_NAME, CHECKSUMS_NAME)
 """Patterns of the files that are downloaded from any repository. They list and describe the weights."""
 _REQUIREMENT = "huggingface_hub>=1.23"  # as in pyproject.toml
-_SECONDS_WITHOUT_A_BYTE = 60
-_SIZE = re.compile(r"bytes .*/(\d+)")
+_HUB_URL = re.compile(
+    r"hf://(?:models/)?(?P<name>[^/@]+/[^/@]+)(?:@(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+))?(?P<path>/.*)?",
+    re.IGNORECASE,
+)
 _LINE_END = "\n"
 # Source: huggingface_hub 1.33.0, ``repo_folder_name``. Names of repositories have no "--".
 _SNAPSHOT = re.compile(r".*[/\\]models--(.+?)--(.+)[/\\]snapshots[/\\][0-9a-f]{40}", re.DOTALL)
@@ -39,6 +41,7 @@ class Repository(NamedTuple):
     """``org/name``."""
     folder: str
     """Path of the local snapshot, which holds the cached files under their paths in the repository."""
+    token: str | bool | None = None
 
     @property
     def commit(self) -> str:
@@ -51,6 +54,12 @@ class Repository(NamedTuple):
 
         return hf_hub_url(self.name, file, revision=self.commit)
 
+    def headers(self) -> dict[str, str]:
+        """Return the headers of a request for a file: the token, and the name of this library."""
+        from huggingface_hub.utils import build_hf_headers
+
+        return build_hf_headers(token=self.token, library_name="automodel_conv")
+
 
 def with_repository(path: str) -> str:
     """Return a path for an error text; if it is a snapshot in the cache, after the name of its repository."""
@@ -58,41 +67,83 @@ def with_repository(path: str) -> str:
     return path if match is None else f"{match[1]}/{match[2]} in {path}"
 
 
-def find_repository(name: str, revision: str | None) -> Repository:
+def repository_of_url(url: str) -> tuple[str, str | None, str]:
+    """Return the name, the revision and the path within the repository of an ``hf://`` URL.
+
+    Source: huggingface_hub 1.33.0, ``HfFileSystem.resolve_path``: ``hf://org/name@revision/path``; slashes in a
+    revision are escaped, except those of ``refs/pr/1`` and ``refs/convert/name``.
+
+    Raises:
+        CheckpointError: the URL names no repository of a model.
+    """
+    match = _HUB_URL.fullmatch(url)
+    if match is None or match["name"].split("/")[0] in ("datasets", "spaces", "buckets"):
+        expected = "hf://org/name, hf://org/name@revision or hf://org/name/folder"
+        raise checkpoint_error("not the URL of a repository of a model", where=without_secrets(url), expected=expected)
+    revision = match["revision"]
+    return match["name"], None if revision is None else unquote(revision), (match["path"] or "").strip("/")
+
+
+def find_repository(name: str, revision: str | None, subfolder: str, settings: SourceSettings) -> Repository:
     """Resolve a revision to a commit, and download its configs and indexes.
+
+    Args:
+        name: ``org/name``.
+        revision: branch, tag or commit; None for the default branch.
+        subfolder: folder of the checkpoint in the repository; empty for its root.
+        settings: token, cache, and whether only the cache is used.
 
     Raises:
         CheckpointError: the repository does not exist, access is denied, or the Hub cannot be reached and the cache
             does not hold the repository.
     """
     where = name if revision is None else f"{name}, revision {revision}"
-    with _hub_errors("neither a local path nor a repository that can be downloaded", where):
+    prefix = f"{glob.escape(subfolder)}/" if subfolder else ""
+    with _hub_errors("neither a local path nor a repository that can be read", where):
         from huggingface_hub import snapshot_download
 
-        folder = snapshot_download(name, revision=revision, allow_patterns=list(_SMALL), ignore_patterns=["*/*"])
-    return Repository(name, os.path.abspath(folder))
+        folder = snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=[prefix + pattern for pattern in _SMALL],
+            ignore_patterns=[f"{prefix}*/*"],
+            token=settings.token,
+            cache_dir=settings.hub_cache,
+            local_files_only=settings.local_files_only,
+        )
+    return Repository(name, os.path.abspath(folder), settings.token)
 
 
-def names_in(repository: Repository) -> list[str]:
+def names_in(repository: Repository, settings: SourceSettings) -> list[str]:
     """Return the paths of all files in a repository, or of the cached files if the Hub cannot be reached.
 
     Raises:
         CheckpointError: the Hub refuses to list the files.
     """
-    cached = _cached_list(repository)
+    cached = _cached_list(repository, settings)
     if cached is not None:
         return cached
+    if settings.local_files_only:
+        return list(_files_below(repository.folder, ""))
     with _hub_errors("the files of a repository cannot be listed", repository.name):
         from huggingface_hub import HfApi
         from huggingface_hub.errors import OfflineModeIsEnabled
 
         try:
-            return HfApi().list_repo_files(repository.name, revision=repository.commit)
+            api = HfApi(token=settings.token)
+            return api.list_repo_files(repository.name, revision=repository.commit)
         except (_http_client().TransportError, OfflineModeIsEnabled):
             return list(_files_below(repository.folder, ""))
 
 
-def download(repository: Repository, files: Iterable[str]) -> None:
+def is_offline() -> bool:
+    """Return whether huggingface_hub is told to send no requests (``HF_HUB_OFFLINE``)."""
+    from huggingface_hub.constants import is_offline_mode
+
+    return is_offline_mode()
+
+
+def download(repository: Repository, files: Iterable[str], settings: SourceSettings) -> None:
     """Download the files of a repository that are not in the cache yet.
 
     Raises:
@@ -106,85 +157,13 @@ def download(repository: Repository, files: Iterable[str]) -> None:
             from huggingface_hub import snapshot_download
 
             snapshot_download(
-                repository.name, revision=repository.commit, allow_patterns=[glob.escape(file) for file in absent]
+                repository.name,
+                revision=repository.commit,
+                allow_patterns=[glob.escape(file) for file in absent],
+                token=settings.token,
+                cache_dir=settings.hub_cache,
+                local_files_only=settings.local_files_only,
             )
-
-
-class HubFile(NamedTuple):
-    """A file of a repository that is not on this machine.
-
-    One or two requests read its header.
-    """
-
-    url: str
-    guess: int
-    """Estimated offset of the data in bytes. The first request reads this many bytes."""
-
-    def describe(self) -> str:
-        return self.url
-
-    def identity(self) -> Identity:
-        return self.url  # the URL contains the commit
-
-    def open(self) -> OpenSource:
-        """Request the size of the file and its first bytes.
-
-        Raises:
-            CheckpointError: the file cannot be read.
-        """
-        return _OpenHubFile(self.url, *_fetch(self.url, 0, max(8, self.guess)))
-
-
-class _OpenHubFile(NamedTuple):
-    """A remote file whose header is read by a single thread."""
-
-    url: str
-    start: bytearray
-    """The bytes that have been read so far, from the start of the file."""
-    nbytes: int
-    """Size of the file."""
-
-    def size(self) -> int:
-        return self.nbytes
-
-    def read_into(self, views: list[memoryview], offset: int) -> None:
-        for view in views:
-            stop = offset + len(view)
-            if stop > len(self.start):
-                self.start.extend(_fetch(self.url, len(self.start), stop - len(self.start))[0])
-            view[:] = self.start[offset:stop]
-            offset = stop
-
-    def descriptor(self) -> int | None:
-        return None
-
-    def close(self) -> None:
-        pass
-
-
-def _fetch(url: str, offset: int, nbytes: int) -> tuple[bytearray, int]:
-    """Return bytes of a remote file, fewer only at its end, and the size of the file."""
-    with _hub_errors("a remote file cannot be read", url):
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
-
-        requested = {"Range": f"bytes={offset}-{offset + nbytes - 1}", "Accept-Encoding": "identity"}
-        headers, data = build_hf_headers(headers=requested), bytearray()
-        with http_stream_backoff("GET", url, headers=headers, timeout=_SECONDS_WITHOUT_A_BYTE) as response:
-            hf_raise_for_status(response)
-            ranged = _SIZE.fullmatch(response.headers.get("Content-Range", ""))
-            size = ranged[1] if ranged else response.headers.get("Content-Length", "")
-            if not size.isdecimal() or (response.status_code == 206) != bool(ranged):
-                raise ValueError(f"the response does not state the size of the file: {dict(response.headers)}")
-            skipped = 0 if ranged else offset  # a server without range support sends the whole file
-            with suppress(_http_client().TransportError):  # the check below reports missing bytes
-                for part in response.iter_raw():
-                    data += part
-                    if len(data) >= skipped + nbytes:
-                        break
-        data = data[skipped : skipped + nbytes]
-        if len(data) < min(nbytes, int(size) - offset):
-            raise ValueError(f"{len(data)} bytes of {nbytes} from byte {offset}")
-        return data, int(size)
 
 
 @contextmanager
@@ -240,7 +219,7 @@ def _http_client() -> ModuleType:
     raise ImportError("this version of huggingface_hub sends its requests with neither httpx nor httpx2")
 
 
-def _cached_list(repository: Repository) -> list[str] | None:
+def _cached_list(repository: Repository, settings: SourceSettings) -> list[str] | None:
     """Return the paths that newer versions of ``snapshot_download`` store in the cache; None if they are not stored."""
     try:
         from huggingface_hub import get_cached_repo_tree
@@ -248,7 +227,8 @@ def _cached_list(repository: Repository) -> list[str] | None:
     except ImportError:
         return None
     try:
-        return [file.path for file in get_cached_repo_tree(repository.name, revision=repository.commit)]
+        tree = get_cached_repo_tree(repository.name, revision=repository.commit, cache_dir=settings.hub_cache)
+        return [file.path for file in tree]
     except CachedRepoTreeNotFoundError:
         return None
 

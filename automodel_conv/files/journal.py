@@ -43,38 +43,43 @@ _EMPTY = JournalState(None, set(), set(), {})
 
 def read_journal(journal: int) -> JournalState:
     """Return the state that the complete lines record, and truncate an incomplete last line left by a crash."""
+    work, finished, verified, placing = None, set(), set(), {}
+    for record in read_records(journal) or ():
+        match record:
+            case {"work": dict(value)}:
+                work = value
+            case {"work": None}:
+                pass
+            case {"finished": str(name)}:
+                finished.add(name)
+                (verified.add if record.get("verified") is True else verified.discard)(name)
+            case {"again": str(name)}:
+                finished.discard(name)
+                verified.discard(name)
+            case {"placing": dict(value)} if all(map(is_inside, value)):
+                placing = value
+            case _:
+                return _EMPTY
+    return JournalState(work, finished, verified, placing)
+
+
+def read_records(journal: int) -> list[Any] | None:
+    """Return the complete lines, and truncate an incomplete last line left by a crash; None if it is not a journal."""
     nbytes = system.size(journal)
     if nbytes > _MOST_JOURNAL_BYTES:
-        return _EMPTY
+        return None
     data = bytearray(nbytes)
     read_exactly(journal, [memoryview(data)], 0, JOURNAL_NAME)
     whole = data.rfind(b"\n") + 1
     if whole < len(data):
         system.truncate(journal, whole)
-    work, finished, verified, placing = None, set(), set(), {}
     try:
-        for line in data[:whole].splitlines():
-            match record := json.loads(line):
-                case {"work": dict(value)}:
-                    work = value
-                case {"work": None}:
-                    pass
-                case {"finished": str(name)}:
-                    finished.add(name)
-                    (verified.add if record.get("verified") is True else verified.discard)(name)
-                case {"again": str(name)}:
-                    finished.discard(name)
-                    verified.discard(name)
-                case {"placing": dict(value)} if all(map(_is_inside, value)):
-                    placing = value
-                case _:
-                    return _EMPTY
+        return [json.loads(line) for line in data[:whole].splitlines()]
     except (ValueError, RecursionError):
-        return _EMPTY
-    return JournalState(work, finished, verified, placing)
+        return None
 
 
-def _is_inside(name: str) -> bool:
+def is_inside(name: str) -> bool:
     """Return whether a relative name stays below its directory."""
     return all(os.path.basename(part) == part and part not in ("", ".", "..") for part in name.split("/"))
 

@@ -42,8 +42,7 @@ def resume_or_discard(
     work = None if work is None else json.loads(json.dumps(work))
     finished: set[str] = set()
     if earlier.work is not None and (resume or work is None):
-        if not _is_same_work(earlier.work, work):
-            _refuse_other_work(directory, earlier.work, work)
+        refuse_other_work(staging, earlier.work, work)
         finished = {shard.name for shard in shards if shard.name in earlier.finished and _is_whole(shard, directory)}
     placing = earlier.placing
     if not finished and not any(is_placed(directory, name, placing[name]) for name in list(placing)[-1:]):
@@ -81,11 +80,20 @@ def occupied_error(directory: str, present: Sequence[str]) -> DestinationError:
     )
 
 
-def _refuse_other_work(directory: str, was: Mapping[str, Any], now: Mapping[str, Any] | None) -> None:
+def refuse_other_work(staging: str, was: Mapping[str, Any], now: Mapping[str, Any] | None) -> None:
+    """Raise DestinationError if unfinished work is of another description than that of this call.
+
+    Args:
+        staging: path of the folder of the unfinished work.
+        was: description of the unfinished work, read from its journal.
+        now: description of the work of this call, as JSON would return it; None: it cannot resume.
+    """
+    if _is_same_work(was, now):
+        return
     raise DestinationError(
         message(
             "the directory holds unfinished work that differs from this one",
-            where=os.path.join(directory, STAGING_NAME),
+            where=staging,
             found="\n" + listing(_difference_lines(was, now)),
             do=["repeat the call that began it", "start again with {resume=False}", "remove that folder"],
         )

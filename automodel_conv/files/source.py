@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
@@ -11,6 +11,8 @@ from automodel_conv.files import system
 from automodel_conv.files.full_io import read_exactly
 
 Identity = tuple[int, int] | str
+SMALL_RANGE_BYTES = 1 << 20
+"""Largest range that a remote source keeps in memory; see ``OpenSource.expect``."""
 
 
 class OpenSource(Protocol):
@@ -18,6 +20,15 @@ class OpenSource(Protocol):
 
     def size(self) -> int:
         """Return the size in bytes."""
+        ...
+
+    def expect(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """State the ranges of bytes that this thread reads next.
+
+        A remote source requests each range once. The bytes of a range are read in order; those of a range of at most
+        ``SMALL_RANGE_BYTES`` in any order, and more than once. Other bytes may be read too, and ranges may be left
+        unread.
+        """
         ...
 
     def read_into(self, views: list[memoryview], offset: int) -> None:
@@ -32,6 +43,10 @@ class OpenSource(Protocol):
         """Return the descriptor of a local file, which the system can map or copy; None for other sources."""
         ...
 
+    def abort(self) -> None:
+        """End reads in which other threads wait for a network; they raise ReadError."""
+        ...
+
     def close(self) -> None:
         """Close the source.
 
@@ -42,6 +57,11 @@ class OpenSource(Protocol):
 
 class ByteSource(Protocol):
     """The bytes of one file of a checkpoint on any storage."""
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether bytes come by requests over a network, so that many should be under way at the same time."""
+        ...
 
     def describe(self) -> str:
         """Return a path or a URL for error texts."""
@@ -69,6 +89,10 @@ class LocalFile(NamedTuple):
 
     path: str
 
+    @property
+    def is_remote(self) -> bool:
+        return False
+
     def describe(self) -> str:
         return self.path
 
@@ -86,11 +110,17 @@ class _OpenFile(NamedTuple):
     def size(self) -> int:
         return system.size(self.file.fileno())
 
+    def expect(self, ranges: Sequence[tuple[int, int]]) -> None:
+        pass
+
     def read_into(self, views: list[memoryview], offset: int) -> None:
         read_exactly(self.file.fileno(), views, offset, self.path)
 
     def descriptor(self) -> int | None:
         return self.file.fileno()
+
+    def abort(self) -> None:
+        pass
 
     def close(self) -> None:
         self.file.close()

@@ -15,6 +15,7 @@ import functools
 import io
 import os
 import shutil
+import struct
 import sys
 import tempfile
 import threading
@@ -261,6 +262,11 @@ def open_existing(path: str) -> File:
     return File(path, "r+")
 
 
+def open_again(file: File) -> File:
+    """Open the file of a descriptor once more for reading and writing, even if it has been removed; Linux only."""
+    return File(f"/proc/self/fd/{file.fileno()}", "r+")
+
+
 def open_append(path: str) -> File:
     """Open a file for reading and appending, and create it if necessary."""
     return File(path, "a+")
@@ -356,6 +362,14 @@ def make_temporary_directory(prefix: str) -> str:
     return tempfile.mkdtemp(prefix=prefix)
 
 
+def cache_directory() -> str:
+    """Return the user's directory for files that can be made again.
+
+    Source: XDG Base Directory Specification 0.8, ``$XDG_CACHE_HOME``.
+    """
+    return os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+
+
 def rename(path: str, new: str) -> None:
     """Rename a file atomically, replacing any file of the new name."""
     os.replace(path, new)
@@ -395,6 +409,39 @@ def unlock(fd: int) -> None:
     if fcntl is not None:
         with suppress(OSError):
             fcntl.flock(fd, fcntl.LOCK_UN)
+
+
+def can_lock_ranges() -> bool:
+    """Return whether ``lock_range`` works on this system."""
+    return fcntl is not None and hasattr(fcntl, "F_OFD_SETLK")
+
+
+def lock_range(fd: int, offset: int, nbytes: int) -> bool:
+    """Lock bytes of an open file until they are unlocked or the file is closed.
+
+    Other opens of the file cannot lock them, those of this process neither. Source: "Open file description locks" in
+    fcntl_locking(2) of Linux.
+
+    Return False if they are locked already.
+    """
+    try:
+        _set_lock(fd, offset, nbytes, locked=True)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+def unlock_range(fd: int, offset: int, nbytes: int) -> None:
+    """Unlock bytes of an open file, also in child processes that were forked while they were locked."""
+    with suppress(OSError):
+        _set_lock(fd, offset, nbytes, locked=False)
+
+
+def _set_lock(fd: int, offset: int, nbytes: int, *, locked: bool) -> None:
+    if fcntl is not None:
+        kind = fcntl.F_WRLCK if locked else fcntl.F_UNLCK
+        # struct flock of linux/fcntl.h: type, whence, start, length, process.
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, offset, nbytes, 0))
 
 
 def is_at(fd: int, path: str) -> bool:

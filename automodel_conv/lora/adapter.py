@@ -14,10 +14,13 @@ from automodel_conv.dtypes import FLOATING
 from automodel_conv.errors import CheckpointError, NameProblems, UnsupportedError, listing, message
 from automodel_conv.execution.factors import AdapterTensors, FileTensors
 from automodel_conv.files import system
-from automodel_conv.files.checkpoint import open_checkpoint
+from automodel_conv.files.checkpoint import open_source
+from automodel_conv.files.located import may_be_repository
+from automodel_conv.files.remote.urls import is_url, without_secrets
 from automodel_conv.files.shards import LAYOUT_KEY
 from automodel_conv.files.source import ByteSource, LocalFile
-from automodel_conv.lora.config import AdapterConfig, read_config
+from automodel_conv.files.source_options import SourceSettings
+from automodel_conv.lora.config import CONFIG_NAME, AdapterConfig, read_config
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -25,6 +28,7 @@ PREFIX = "base_model.model."
 _PART = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.default)?(\.weight)?")
 # A name that adapters give to the weight of a layer that they wrap.
 WRAPPED = ".base_layer"
+_DEFAULTS = SourceSettings()
 
 
 class Pair(NamedTuple):
@@ -45,7 +49,7 @@ class Adapter:
     """An opened adapter.
 
     Attributes:
-        path: path of its directory.
+        path: path or URL of its directory.
         config: its config.
         tensors: its tensors.
         pairs: its pairs of matrices, in the order of the file.
@@ -53,6 +57,7 @@ class Adapter:
         form: the form that the file states, if this package wrote it.
         weight: factor of all of its products.
         sources: its files; none for an adapter in memory.
+        directory: path of a directory with the files that accompany it; empty for an adapter in memory.
     """
 
     path: str
@@ -63,42 +68,64 @@ class Adapter:
     form: str | None = None
     weight: float = 1.0
     sources: tuple[ByteSource, ...] = ()
+    directory: str = ""
 
 
-def open_adapter(path: str | os.PathLike[str], weight: float = 1.0) -> Adapter:
+def open_adapter(
+    path: str | os.PathLike[str], weight: float = 1.0, settings: SourceSettings = _DEFAULTS, *, companions: bool = False
+) -> Adapter:
     """Open an adapter without reading tensor data.
 
     Args:
-        path: path of a directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        path: path or URL of a directory with ``adapter_config.json`` and ``adapter_model.safetensors``, or a repository
+            of the Hub with these files.
         weight: factor of all of its products.
+        settings: how to reach the files.
+        companions: whether the files that accompany the adapter must be in ``directory`` of the result.
 
     Raises:
         CheckpointError: a file is missing or malformed, or holds no adapter.
         NameProblems: a module has only one of its two matrices, or one of them twice.
         UnsupportedError: the adapter has a variant of LoRA that is not supported.
     """
-    directory = os.path.abspath(os.fsdecode(path))
-    if not system.is_directory(directory):
-        raise CheckpointError(
-            message("no such adapter", where=directory, expected="a directory with adapter_config.json")
-        )
-    config = read_config(directory)
-    where = os.path.join(directory, WEIGHTS_NAME)
-    if not system.is_file(where):
-        do = "load adapter_model.bin with PEFT and save it with save_pretrained, which writes safetensors"
-        has_bin = system.is_file(os.path.join(directory, "adapter_model.bin"))
-        raise CheckpointError(
-            message(f"the adapter has no {WEIGHTS_NAME}", where=directory, do=do if has_bin else None)
-        )
-    file = open_checkpoint(where)
-    adapter = adapter_of(where, config, FileTensors(file))
+    text = os.path.expanduser(os.fsdecode(path))
+    if settings.variant is not None:
+        raise UnsupportedError(message("adapters have no variants", where=without_secrets(text)))
+    is_local = not is_url(text) and (system.exists(text) or not may_be_repository(text))
+    local = _checked_directory(text, settings.subfolder) if is_local else None
+    file = open_source(text, settings, companions=companions, weights=WEIGHTS_NAME, small=(CONFIG_NAME,))
+    directory = local or file.path
+    config = read_config(file.directory, directory)
+    adapter = adapter_of(file.files[0], config, FileTensors(file))
     return replace(
         adapter,
         path=directory,
         form=file.metadata.get(LAYOUT_KEY),
         weight=weight,
-        sources=(LocalFile(config.path), *file.sources),
+        sources=file.sources if is_url(text) else (LocalFile(os.path.join(file.directory, CONFIG_NAME)), *file.sources),
+        directory=file.directory,
     )
+
+
+def _checked_directory(path: str, subfolder: str) -> str:
+    """Return the absolute path of the directory of an adapter on this machine.
+
+    Raises:
+        CheckpointError: there is no such directory, or a file is missing.
+    """
+    directory = os.path.abspath(os.path.join(path, *filter(None, subfolder.split("/"))))
+    if not system.is_directory(directory):
+        raise CheckpointError(
+            message("no such adapter", where=directory, expected="a directory with adapter_config.json")
+        )
+    read_config(directory)
+    if not system.is_file(os.path.join(directory, WEIGHTS_NAME)):
+        do = "load adapter_model.bin with PEFT and save it with save_pretrained, which writes safetensors"
+        has_bin = system.is_file(os.path.join(directory, "adapter_model.bin"))
+        raise CheckpointError(
+            message(f"the adapter has no {WEIGHTS_NAME}", where=directory, do=do if has_bin else None)
+        )
+    return directory
 
 
 def adapter_of(where: str, config: AdapterConfig, tensors: AdapterTensors) -> Adapter:

@@ -134,17 +134,22 @@ def alpha_for(scale: float, rank: int, uses_rslora: bool) -> float:
     return next(exact, near if math.isclose(alpha, near, rel_tol=1e-12) else alpha)
 
 
-def read_config(directory: str) -> AdapterConfig:
+def read_config(directory: str, where: str | None = None) -> AdapterConfig:
     """Read the config of an adapter.
+
+    Args:
+        directory: path of the directory that has it.
+        where: path or URL of the adapter, for errors; None: the directory.
 
     Raises:
         CheckpointError: the file is missing or malformed.
         UnsupportedError: the adapter is of another kind, or has a variant that cannot be merged or converted.
     """
-    path = os.path.join(directory, CONFIG_NAME)
-    if not system.is_file(path):
-        raise CheckpointError(message("the adapter has no adapter_config.json", where=directory))
-    data = with_open(path, lambda fd: read_limited(fd, path, _MOST_BYTES))
+    own, where = os.path.join(directory, CONFIG_NAME), where or directory
+    if not system.is_file(own):
+        raise CheckpointError(message("the adapter has no adapter_config.json", where=where))
+    path = os.path.join(where, CONFIG_NAME)
+    data = with_open(own, lambda fd: read_limited(fd, path, _MOST_BYTES))
     try:
         settings = json.loads(data)
     except (ValueError, RecursionError) as error:

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from automodel_conv.files.checkpoint import open_checkpoint
+from automodel_conv.files.source_options import SourceSettings
 from automodel_conv.lora.adapter import open_adapter
 from automodel_conv.lora.base import Base, base_of
 from automodel_conv.lora.forms import PER_EXPERT, TRANSFORMERS
 from automodel_conv.lora.matching import find_matches
+
+_DEFAULTS = SourceSettings()
 
 
 @dataclass(frozen=True)
@@ -75,21 +78,25 @@ class _Entry(NamedTuple):
     problem: str | None
 
 
-def inspect_adapter(adapter: str | os.PathLike[str], base: str | os.PathLike[str]) -> AdapterSummary:
+def inspect_adapter(
+    adapter: str | os.PathLike[str], base: str | os.PathLike[str], settings: SourceSettings = _DEFAULTS
+) -> AdapterSummary:
     """Summarize what an adapter changes in its base model.
 
     Only headers and configs are read.
 
     Args:
-        adapter: path of the directory of the adapter.
+        adapter: path, URL or repository of the adapter.
         base: the checkpoint of the base model, see ``open_checkpoint``.
+        settings: how to reach the adapter and the base; revision and subfolder are the adapter's.
 
     Raises:
         CheckpointError: the adapter or the base is missing or broken.
         NameProblems: a module has only one of its two matrices.
         UnsupportedError: the adapter has a variant of LoRA that is not supported.
     """
-    opened, model = open_adapter(adapter), base_of(open_checkpoint(base), dequantize=True)
+    opened = open_adapter(adapter, settings=settings.shared(adapter))
+    model = base_of(open_checkpoint(base, **settings.further(base).source()), dequantize=True)
     matches, problems = find_matches([opened], model)
     entries = []
     for match in matches.matches:

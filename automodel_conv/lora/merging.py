@@ -18,6 +18,7 @@ from automodel_conv.errors import CoverageError, UnsupportedError, kind_of, list
 from automodel_conv.execution.factors import Factors
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.files.hub import with_repository
+from automodel_conv.files.source_options import SourceSettings
 from automodel_conv.lora.adapter import Adapter, open_adapter
 from automodel_conv.lora.base import Base, Loading
 from automodel_conv.lora.config import LARGEST_FACTOR
@@ -38,14 +39,18 @@ class Merge(NamedTuple):
     """The matrices of the deltas."""
 
 
-def open_adapters(adapter: AdapterArgument) -> tuple[Adapter, ...]:
+def open_adapters(adapter: AdapterArgument, settings: SourceSettings) -> tuple[Adapter, ...]:
     """Open one adapter, or several with weights.
+
+    Args:
+        adapter: path of an adapter, or pairs of a path and a weight.
+        settings: how to reach the files of the base model; ``further`` of them is for the adapters.
 
     Raises:
         CheckpointError, NameProblems, UnsupportedError: see ``open_adapter``.
     """
     if isinstance(adapter, (str, os.PathLike)):
-        return (open_adapter(adapter),)
+        return (open_adapter(adapter, settings=settings.further(adapter)),)
     adapters = list(adapter) if isinstance(adapter, (list, tuple)) else []
     for item in adapters or [adapter]:
         path, weight = item if isinstance(item, (list, tuple)) and len(item) == 2 else (None, None)
@@ -54,7 +59,7 @@ def open_adapters(adapter: AdapterArgument) -> tuple[Adapter, ...]:
             expected = f"a path, or a list of pairs of a path and a weight of at most {LARGEST_FACTOR:g}"
             found = repr(item) if isinstance(item, (list, tuple)) else kind_of(item)
             raise UnsupportedError(message("not an adapter", expected=expected, found=found))
-    return tuple(open_adapter(path, float(weight)) for path, weight in adapters)
+    return tuple(open_adapter(path, float(weight), settings.further(path)) for path, weight in adapters)
 
 
 def merge_of_load(
@@ -88,7 +93,7 @@ def merge_of_load(
         return Loading(model, load_plan(checkpoint, model, own)[0])
 
     base = Base(with_repository(checkpoint.path), plan.sources, compile_loading)
-    return plan_merge(plan, open_adapters(settings.adapter), base, written)
+    return plan_merge(plan, open_adapters(settings.adapter, settings), base, written)
 
 
 def plan_merge(plan: CopyPlan, adapters: Sequence[Adapter], base: Base, written: CopyPlan | None = None) -> Merge:

@@ -20,9 +20,9 @@ from automodel_conv.execution.factors import Factors
 from automodel_conv.execution.writing import create_shard_file
 from automodel_conv.files import system
 from automodel_conv.files.companions import companions_of
-from automodel_conv.files.destination import open_destination
 from automodel_conv.files.full_io import write_exactly
 from automodel_conv.files.shards import Shard, Spec, shard_of
+from automodel_conv.files.uploads.output_folders import OutputFolder
 from automodel_conv.files.write_errors import write_errors
 from automodel_conv.lora.adapter import PREFIX, WEIGHTS_NAME, WRAPPED, Adapter
 from automodel_conv.lora.base import Base
@@ -48,13 +48,13 @@ class Written(NamedTuple):
     """Paths of the other files that were copied."""
 
 
-def write_reformed(adapter: Adapter, base: Base, directory: str, form: str, progress: bool) -> Written:
+def write_reformed(adapter: Adapter, base: Base, folder: OutputFolder, form: str, progress: bool) -> Written:
     """Write an adapter in a form, with the other files of its directory, if it has one.
 
     Args:
         adapter: the adapter.
         base: its base model.
-        directory: path of the destination.
+        folder: the destination.
         form: name of the form.
         progress: whether to show a progress bar.
 
@@ -67,13 +67,13 @@ def write_reformed(adapter: Adapter, base: Base, directory: str, form: str, prog
     factors = Factors([adapter.tensors], matches.deltas)
     reformed = reform(matches, base, form, factors)
     settings = new_settings(adapter.config, reformed, base, form)
-    companions = adapter.path if adapter.sources else None
-    shard, copied = write_adapter(directory, reformed, factors, settings, form, companions, progress)
+    companions = adapter.directory or None
+    shard, copied = write_adapter(folder, reformed, factors, settings, form, companions, progress)
     return Written(shard, reformed, copied)
 
 
 def write_adapter(
-    directory: str,
+    folder: OutputFolder,
     reformed: Reformed,
     factors: Factors,
     settings: Mapping[str, Any],
@@ -81,10 +81,10 @@ def write_adapter(
     companions: str | None,
     progress: bool,
 ) -> tuple[Shard, tuple[str, ...]]:
-    """Write an adapter into a directory that has no weights yet.
+    """Write an adapter into a folder that has no weights yet.
 
     Args:
-        directory: path of the directory.
+        folder: the folder.
         reformed: the modules.
         factors: the old matrices, from which the new ones are computed.
         settings: the content of the new config.
@@ -96,14 +96,14 @@ def write_adapter(
         The file of the weights, and the paths of the files that were copied.
 
     Raises:
-        DestinationError: the directory holds weights already, or another process writes to it.
+        DestinationError: the folder holds weights already, or another process writes to it.
         WriteError, ReadError: writing or reading failed.
     """
     shard = _shard(reformed, factors, form)
-    others = [] if companions is None else companions_of(companions, directory)
+    others = [] if companions is None else companions_of(companions, folder.directory)
     copied = tuple(name for name in others if name != CONFIG_NAME)
     data = sum(spec.nbytes for spec in shard.specs)
-    with open_destination(directory, [shard], None) as place, bytes_progress(data, "writing", progress) as advance:
+    with folder.open([shard], None) as place, bytes_progress(data, "writing", progress) as advance:
         path = place.path(shard.name)
         create_shard_file(shard, path)
         with write_errors(path, "a file"), system.open_existing(path) as file:
@@ -114,7 +114,7 @@ def write_adapter(
             system.sync(file.fileno())
         place.write(CONFIG_NAME, json.dumps(settings, indent=2, sort_keys=True).encode() + b"\n")
         for name in copied:
-            with write_errors(directory):
+            with write_errors(folder.directory):
                 system.copy_file(os.path.join(companions or "", *name.split("/")), place.companion_path(name))
         place.finish(shard)
         place.commit(None)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import Unpack
 
 from automodel_conv.compiling.carrying import carried_targets, checked_patterns, dropped_rows, refuse_halves
 from automodel_conv.compiling.decoded import codes_without_config, decoded_table, quantization_of
@@ -17,7 +18,7 @@ from automodel_conv.compiling.marks import layout_to_read, naming_of_conversion,
 from automodel_conv.compiling.stages import without_casts
 from automodel_conv.compiling.to_checkpoint import in_saving_order, saving_plan
 from automodel_conv.compiling.to_model import loading_plan
-from automodel_conv.doors import door
+from automodel_conv.doors import door, keyword_options
 from automodel_conv.dtypes import dtype_code
 from automodel_conv.errors import (
     UnsupportedError,
@@ -26,8 +27,8 @@ from automodel_conv.errors import (
 )
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.files.hub import with_repository
-from automodel_conv.files.remote import refuse_url
 from automodel_conv.files.shards import Naming, Shard, divide, parse_size
+from automodel_conv.files.source_options import SourceOptions, SourceSettings
 from automodel_conv.planning.code_names import has_codes, names_of_codes
 from automodel_conv.planning.composition import table_of
 from automodel_conv.planning.copies import SourceTable, Target
@@ -97,6 +98,7 @@ def check_arguments(
 
 
 @door("planning")
+@keyword_options(SourceOptions, SourceSettings)
 def compile_conversion(
     source: Checkpoint | str | os.PathLike[str],
     *,
@@ -107,13 +109,15 @@ def compile_conversion(
     dequantize: bool = False,
     drop: str | Iterable[str] = (),
     max_shard_size: int | str = "5GB",
+    **options: Unpack[SourceOptions],
 ) -> Conversion:
     """Plan a ``convert_checkpoint`` with the same arguments, reading no more than ``compile_plan`` does."""
     drop = checked_patterns(drop)
     check_arguments(layout, source_layout, dtype, max_shard_size)
-    if not isinstance(source, Checkpoint):
-        refuse_url(source)
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    if isinstance(source, Checkpoint):
+        checkpoint = source
+    else:
+        checkpoint = open_checkpoint(source, **SourceSettings(**options).shared(source).source())
     most_bytes = parse_size(max_shard_size)
     rules = None if rules is None else list(rules)
     keeps_names = layout is None and source_layout is None and rules == []

@@ -6,6 +6,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain
@@ -30,16 +31,17 @@ from automodel_conv.execution.writing import (
     write_slabs,
 )
 from automodel_conv.files import system
-from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint, open_downloaded
+from automodel_conv.files.checkpoint import Checkpoint, open_source
 from automodel_conv.files.companions import companions_of
 from automodel_conv.files.config import CONFIG_NAME, MODELOPT_NAME, plain_config
-from automodel_conv.files.destination import open_destination
 from automodel_conv.files.finished import is_finished
-from automodel_conv.files.remote import is_url, local_path
+from automodel_conv.files.remote.urls import is_url
 from automodel_conv.files.resuming import OPTIONS_KEY, occupied_error
 from automodel_conv.files.shards import index_of, is_checkpoint
 from automodel_conv.files.source import Identity, LocalFile
-from automodel_conv.files.staging import holds_work, remove_leftovers
+from automodel_conv.files.source_options import SourceSettings
+from automodel_conv.files.staging import holds_work
+from automodel_conv.files.uploads.output_folders import OutputFolder
 from automodel_conv.files.write_errors import no_room_error, write_errors
 from automodel_conv.lora.adapter import Adapter
 from automodel_conv.lora.base import base_of
@@ -47,8 +49,9 @@ from automodel_conv.lora.merging import Merge, plan_merge
 from automodel_conv.progress import bytes_progress
 from automodel_conv.publishing.conversion import DEFAULT_SCRATCH_BYTES, Conversion, check_arguments, compile_conversion
 from automodel_conv.publishing.convert_report import ConvertReport
-from automodel_conv.publishing.save_files import write_checksums
+from automodel_conv.publishing.save_files import shard_checksums, write_checksums
 from automodel_conv.publishing.saved import places_in
+from automodel_conv.schedule.requests import CONNECTIONS
 
 
 class Writing(NamedTuple):
@@ -64,7 +67,8 @@ class Writing(NamedTuple):
 
 def convert(
     source: str | os.PathLike[str],
-    destination: str | os.PathLike[str],
+    folder: OutputFolder,
+    settings: SourceSettings,
     options: Mapping[str, Any],
     writing: Writing,
     adapters: Sequence[Adapter] = (),
@@ -72,7 +76,9 @@ def convert(
     """Convert a checkpoint, and merge adapters into it.
 
     Args:
-        source, destination: see ``convert_checkpoint``.
+        source: see ``convert_checkpoint``.
+        folder: the destination.
+        settings: how to reach the source.
         options: keyword arguments of ``compile_conversion``, all of them.
         writing: how to write the files.
         adapters: the adapters.
@@ -81,21 +87,23 @@ def convert(
         ConversionError: see ``convert_checkpoint`` and ``merge_adapter``.
     """
     began = time.perf_counter()
-    directory = local_path(destination)
+    directory = folder.directory
     rules, dequantize = options["rules"], options["dequantize"]
     check_arguments(*(options[name] for name in ("layout", "source_layout", "dtype", "max_shard_size")))
     compiled = partial(compile_conversion, **options)
-    _refuse_occupied(source, directory, writing, compiled)
-    opened = open_downloaded(source, companions=True)
+    settings = settings.shared(source)
+    _refuse_occupied(source, settings, folder, writing, compiled)
+    is_one_file = _is_one_file(source)
+    opened = open_source(source, settings, companions=not is_one_file)
     with while_importing(opened) if rules is None else nullcontext():
         conversion = compiled(opened)
     checkpoint, shards = conversion.checkpoint, conversion.shards
     merge = plan_merge(conversion.plan, adapters, base_of(checkpoint, dequantize)) if adapters else None
-    limits, extra_bytes = _limits(writing, merge)
+    limits, extra_bytes = _limits(writing, merge, checkpoint.is_remote)
     state = _identities(checkpoint, adapters)
     config = plain_config(checkpoint.directory) if dequantize else None
     stated = {
-        "source": os.path.abspath(checkpoint.path),
+        "source": checkpoint.path,
         **options,
         "rules": rules if rules is None or rules == [] else "other rules",
         **({"adapters": [(adapter.path, adapter.weight) for adapter in adapters]} if adapters else {}),
@@ -111,15 +119,15 @@ def convert(
     additions = None if merge is None else Additions(plan.targets, places, *merge)
     file_slabs = FileSlabs(checkpoint, plan.targets, places, plan.sources.decodes, limits, additions)
     texts = {} if config is None else {CONFIG_NAME: config}
-    companions = _companions(checkpoint, directory, dequantize)
+    companions = () if is_one_file else _companions(checkpoint, directory, dequantize)
     copies = {name: os.path.join(checkpoint.directory, *name.split("/")) for name in companions if name not in texts}
     index = index_of(shards, naming=conversion.naming)
     index_texts = {} if index is None else {conversion.naming.index_name: index}
     adapted = () if merge is None else tuple(target.name for target in plan.targets if target.name in merge.blocks)
     if writing.resume and system.real_path(directory) != system.real_path(checkpoint.directory):
-        if is_finished(directory, shards, texts | index_texts, copies, writing.checksums):
-            _compare_finished(conversion, directory, file_slabs, limits, writing.progress)
-            remove_leftovers(directory)
+        if is_finished(folder, shards, texts | index_texts, copies, writing.checksums):
+            _compare_finished(conversion, folder, file_slabs, limits, writing.progress)
+            folder.remove_leftovers()
             return ConvertReport(
                 files=tuple(shard.name for shard in shards),
                 bytes_written=0,
@@ -134,15 +142,23 @@ def convert(
                 kept_codes=conversion.kept_codes,
                 adapted=adapted,
             )
-    with open_destination(
-        directory, shards, work, resume=writing.resume, index_name=conversion.naming.index_name
+    with folder.open(
+        shards,
+        work,
+        resume=writing.resume,
+        index_name=conversion.naming.index_name,
+        verify=writing.verify,
+        checksums=writing.checksums,
     ) as place:
         unfinished, verify = place.unfinished, writing.verify
-        nbytes = sum(shard.nbytes for shard in shards if shard.name in unfinished)
+        to_do = [shard for shard in shards if shard.name in unfinished]
+        nbytes = sum(shard.nbytes for shard in to_do)
         with write_errors(directory):
             free = system.free_bytes(directory)
-        if free < nbytes:
-            raise no_room_error(directory, nbytes, len(unfinished), free)
+        at_once = folder.most_on_disk(to_do)
+        needed = sum(shard.nbytes for shard in at_once)
+        if free < needed:
+            raise no_room_error(directory, needed, len(at_once), free)
         reads = [(shard.name in unfinished) + (verify and shard.name not in place.verified) for shard in shards]
         progress_bytes = sum(
             count * spec.nbytes for shard, count in zip(shards, reads, strict=True) for spec in shard.specs
@@ -159,13 +175,14 @@ def convert(
                     with file_slabs.opened(file) as slabs:
                         compare_file(slabs, LocalFile(place.finished_path(shard.name)), shard, limits.threads, advance)
                 if to_write or to_verify:
-                    place.finish(shard, verified=verify)
+                    sums = shard_checksums(place, shard, limits.threads) if writing.checksums else None
+                    place.finish(shard, verified=verify, checksums=sums)
         now = _identities(checkpoint, adapters)
         if now != state:
             raise DestinationError(
                 message(
                     "the source was changed while it was converted",
-                    where=checkpoint.directory,
+                    where=checkpoint.path,
                     found="\n" + listing(name for name in state if now[name] != state[name]),
                     do="start again with {resume=False}",
                 )
@@ -187,19 +204,19 @@ def convert(
         unindexed=checkpoint.unindexed,
         files_copied=companions,
         seconds=time.perf_counter() - began,
-        peak_extra_bytes=limits.scratch_bytes + extra_bytes,
+        peak_extra_bytes=limits.scratch_bytes + extra_bytes + folder.upload_bytes,
         kept_codes=conversion.kept_codes,
         adapted=adapted,
     )
 
 
-def _limits(writing: Writing, merge: Merge | None) -> tuple[ScratchSplit, int]:
+def _limits(writing: Writing, merge: Merge | None, is_remote: bool) -> tuple[ScratchSplit, int]:
     """Return the scratch of the threads, and the bytes that a merge needs besides.
 
     Together they are within the given limit, unless a merge needs more.
     """
     scratch = DEFAULT_SCRATCH_BYTES if writing.scratch_bytes is None else writing.scratch_bytes
-    limits = split_scratch(writing.threads, scratch, reads_files=True)
+    limits = split_scratch(writing.threads, scratch, reads_files=True, is_remote=is_remote)
     if merge is None:
         return limits, 0
     extra = merge_bytes(merge.factors, limits.threads)
@@ -208,7 +225,8 @@ def _limits(writing: Writing, merge: Merge | None) -> tuple[ScratchSplit, int]:
 
 def _refuse_occupied(
     source: str | os.PathLike[str],
-    directory: str,
+    settings: SourceSettings,
+    folder: OutputFolder,
     writing: Writing,
     compiled: Callable[[Checkpoint], Conversion],
 ) -> None:
@@ -218,69 +236,84 @@ def _refuse_occupied(
 
     Args:
         source: see ``convert_checkpoint``.
+        settings: how to reach the source.
+        folder: the destination.
         writing: how to write the files.
-        directory: path of the destination.
         compiled: returns the conversion of a checkpoint.
 
     Raises:
         DestinationError: the destination holds a checkpoint, and it is not the result of this conversion.
     """
     name = os.fsdecode(source)
-    if is_url(name) or system.exists(name) or not system.is_directory(directory) or holds_work(directory):
+    if is_url(name) or system.exists(name) or holds_work(folder.directory):
         return
-    present = [name for name in system.list_names(directory) if is_checkpoint(name)]
+    present = [name for name in folder.names() if is_checkpoint(name)]
     if not present:
         return
     if writing.resume:
-        checkpoint = open_checkpoint(source)
+        checkpoint = open_source(source, settings)
         if not checkpoint.is_remote:
             return
         conversion = compiled(checkpoint)
         index = index_of(conversion.shards, naming=conversion.naming)
         texts = {} if index is None else {conversion.naming.index_name: index}
-        if is_finished(directory, conversion.shards, texts, {}, writing.checksums):
+        if is_finished(folder, conversion.shards, texts, {}, writing.checksums):
             return
-    raise occupied_error(directory, present)
+    raise occupied_error(folder.name, present)
 
 
 def _identities(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, Identity]:
-    """Return the identity of each file by its path relative to the checkpoint's directory; it changes with the file.
+    """Return the identity of each file by its ``_path_in``; it changes with the file.
 
     Files of adapters are included.
 
     Raises:
         ReadError: a file does not exist any more.
     """
+    sources = [*checkpoint.sources, *chain.from_iterable(adapter.sources for adapter in adapters)]
     try:
-        return {
-            os.path.relpath(source.describe(), checkpoint.directory): source.identity()
-            for source in (*checkpoint.sources, *chain.from_iterable(adapter.sources for adapter in adapters))
-        }
+        with ThreadPoolExecutor(CONNECTIONS) as pool:  # each asks a server if the file is not on this machine
+            identities = list(pool.map(lambda source: source.identity(), sources))
+        paths = [_path_in(checkpoint, source.describe()) for source in sources]
+        return dict(zip(paths, identities, strict=True))
     except OSError as error:
         raise ReadError(
-            message("cannot get the state of the source files", where=checkpoint.directory, found=error)
+            message("cannot get the state of the source files", where=checkpoint.path, found=error)
         ) from error
+
+
+def _path_in(checkpoint: Checkpoint, path: str) -> str:
+    """Return a path relative to the checkpoint's directory, which may be moved; a URL stays as it is.
+
+    The directory of a checkpoint behind a URL is a temporary one, so other paths stay as they are too.
+    """
+    return path if is_url(path) or is_url(checkpoint.path) else os.path.relpath(path, checkpoint.directory)
+
+
+def _is_one_file(source: str | os.PathLike[str]) -> bool:
+    """Return whether a path or a URL names one file of weights, which nothing accompanies."""
+    path = os.path.expanduser(os.fsdecode(source))
+    path = path.partition("?")[0] if is_url(path) else path
+    return path.endswith(".safetensors") and not system.is_directory(path)
 
 
 def _digest(conversion: Conversion, adapters: Sequence[Adapter], merge: Merge | None) -> str:
     """Return a digest that is equal for conversions that write the same bytes from the same sources."""
     parts = [conversion.plan.to_json().encode(), *(shard.header for shard in conversion.shards)]
     if merge is not None:
-        paths = [os.path.relpath(adapter.path, conversion.checkpoint.directory) for adapter in adapters]
+        paths = [_path_in(conversion.checkpoint, adapter.path) for adapter in adapters]
         parts.append(repr((paths, merge.factors.deltas, merge.blocks)).encode())
     return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
 
 
 def _companions(checkpoint: Checkpoint, destination: str, dequantize: bool) -> tuple[str, ...]:
-    """Return the files to copy with the weights; none if the source is one file.
+    """Return the files to copy with the weights.
 
     If weights are decoded, the file that describes how to decode them is not among them.
 
     Raises:
         ReadError: the directory cannot be listed.
     """
-    if checkpoint.path.endswith(".safetensors") and system.is_file(checkpoint.path):
-        return ()
     try:
         companions = companions_of(checkpoint.directory, destination)
     except OSError as error:
@@ -290,9 +323,9 @@ def _companions(checkpoint: Checkpoint, destination: str, dequantize: bool) -> t
 
 
 def _compare_finished(
-    conversion: Conversion, directory: str, file_slabs: FileSlabs, limits: ScratchSplit, progress: bool
+    conversion: Conversion, folder: OutputFolder, file_slabs: FileSlabs, limits: ScratchSplit, progress: bool
 ) -> None:
-    """Compare the files in a directory with those that the conversion produces.
+    """Compare the files in a folder with those that the conversion produces.
 
     Raises:
         DestinationError: they differ.
@@ -301,13 +334,12 @@ def _compare_finished(
         for file, shard in enumerate(conversion.shards):
             with file_slabs.opened(file) as slabs:
                 try:
-                    source = LocalFile(os.path.join(directory, shard.name))
-                    compare_file(slabs, source, shard, limits.threads, advance)
+                    compare_file(slabs, folder.source(shard.name), shard, limits.threads, advance)
                 except VerificationError as error:
                     raise DestinationError(
                         message(
                             "the directory already holds a checkpoint that differs from the result of this conversion",
-                            where=directory,
+                            where=folder.name,
                             found=str(error).partition("\n")[0],
                             do="choose another directory, or remove these files first",
                         )

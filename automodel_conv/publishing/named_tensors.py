@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from automodel_conv.compiling.experts import refuse_missing_experts
 from automodel_conv.compiling.to_checkpoint import saving_plan
@@ -18,6 +19,7 @@ from automodel_conv.distributed.placements import is_distributed, local_of
 from automodel_conv.errors import ConversionError, listing, message
 from automodel_conv.execution.views import ViewOrCopy
 from automodel_conv.files.checkpoint import open_checkpoint
+from automodel_conv.files.source_options import SourceOptions
 from automodel_conv.planning.copies import Target
 from automodel_conv.planning.kept_codes import refuse_codes_without_scales
 from automodel_conv.planning.plan import CopyPlan
@@ -111,6 +113,7 @@ def named_tensors(
     layout: str | None = None,
     reference: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | None = None,
+    **options: Unpack[SourceOptions],
 ) -> NamedTensors:
     """Plan the published tensors of a model; no tensor data is read.
 
@@ -120,6 +123,7 @@ def named_tensors(
         layout: layout of the experts in the model; None: that of the model's own parameters.
         reference: path of a checkpoint whose names and shapes to restore; None: those that transformers saves.
         dtype: dtype of floating-point tensors, except those that a model keeps in float32; None: their own.
+        **options: see ``SourceOptions``.
 
     Raises:
         NameProblems, UnsupportedError: as ``save_checkpoint`` of the model.
@@ -129,7 +133,7 @@ def named_tensors(
     tensors = saved_tensors(model)
     refuse_unlike_stored(tensors)
     rules = None if rules is None else list(rules)
-    opened = None if reference is None else open_checkpoint(reference)
+    opened = None if reference is None else open_checkpoint(reference, **options)
     plan = saving_plan(state_table(tensors), model=model, rules=rules, layout=layout, reference=opened)
     plan = with_dtype(plan, dtype, model, rules)
     refuse_codes_without_scales(plan)

@@ -23,6 +23,11 @@ def begin_save(
     if model is not None:
         with write_errors(destination.directory):
             write_config(model, dtype, destination.staging)
+    create_files(destination, shards)
+
+
+def create_files(destination: Destination, shards: Sequence[Shard]) -> None:
+    """Write the headers of files, before any of their data is written."""
     for shard in shards:
         create_shard_file(shard, destination.path(shard.name))
 
@@ -43,8 +48,25 @@ def finish_save(
         naming: names of the files, and the layout to record.
         checksum_threads: number of threads that compute checksums; 0: no checksums are written.
     """
+    finish_files(destination, shards, checksum_threads)
+    commit_save(destination, shards, model, naming, checksum_threads)
+
+
+def finish_files(destination: Destination, shards: Sequence[Shard], checksum_threads: int = 0) -> None:
+    """Finish files once all of their data is on the disk; for ``checksum_threads`` see ``finish_save``."""
     for shard in shards:
-        destination.finish(shard)
+        sums = shard_checksums(destination, shard, checksum_threads) if checksum_threads else None
+        destination.finish(shard, checksums=sums)
+
+
+def commit_save(
+    destination: Destination,
+    shards: Sequence[Shard],
+    model: nn.Module | None,
+    naming: Naming,
+    checksum_threads: int = 0,
+) -> None:
+    """Write checksums and index of finished files, and turn the destination into a checkpoint; see ``finish_save``."""
     if checksum_threads:
         write_checksums(destination, shards, checksum_threads)
     parameters = None if model is None else sum(parameter.numel() for parameter in model.parameters())
@@ -55,5 +77,11 @@ def write_checksums(destination: Destination, shards: Sequence[Shard], threads: 
     """Write the file of checksums of all tensors in a destination."""
     sums: dict[str, str] = {}
     for shard in shards:
-        sums |= checksums_of(open_checkpoint(destination.finished_path(shard.name)), threads)
+        known = destination.checksums.get(shard.name)
+        sums |= shard_checksums(destination, shard, threads) if known is None else known
     destination.write(CHECKSUMS_NAME, checksums_text(sums))
+
+
+def shard_checksums(destination: Destination, shard: Shard, threads: int) -> dict[str, str]:
+    """Return the checksums of the tensors in a file that is complete on this machine, by name."""
+    return checksums_of(open_checkpoint(destination.finished_path(shard.name)), threads)

@@ -1,12 +1,14 @@
 """Tests of options that several commands share."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import typer
 
-from automodel_conv.cli.options import dtype_named, rules_of, show_progress
+from automodel_conv.cli.options import dtype_named, rules_of, show_progress, storage_options
+from automodel_conv.errors import UnsupportedError
 from automodel_conv.recipes import RECIPES
 from tests.cli.support import run
 
@@ -58,3 +60,66 @@ def test_recipe_is_an_option_of_every_command_that_plans(plain, command):
     assert result.exit_code == 2
     assert "--recipe" in result.stderr
     assert "deepseek_v41" in result.stderr
+
+
+def test_storage_options_are_json_or_texts():
+    texts = ["anon=true", "key=AKIA=", 'client_kwargs={"endpoint_url": "http://h:1"}', 'secret="123"', "n=5", "e="]
+    assert storage_options(texts) == {
+        "anon": True,
+        "key": "AKIA=",
+        "client_kwargs": {"endpoint_url": "http://h:1"},
+        "secret": "123",
+        "n": 5,
+        "e": "",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "error"), [("hidden", "KEY=VALUE"), ("=hidden", "KEY=VALUE"), ("key={hidden", "the value of key")]
+)
+def test_malformed_storage_option_is_refused_without_its_value(text, error):
+    with pytest.raises(typer.BadParameter, match=error) as caught:
+        storage_options([text])
+    assert caught.value.param_hint == "--storage-option"
+    assert "hidden" not in str(caught.value)
+
+
+COMMANDS = [
+    ("plan", "open_checkpoint", ["A"]),
+    ("load", "load_state_dict", ["A"]),
+    ("convert", "convert_checkpoint", ["A", "new"]),
+    ("adapter convert", "convert_adapter", ["A", "new", "--base", "b", "--layout", "vllm"]),
+    ("adapter merge", "merge_adapter", ["A", "b", "new"]),
+]
+
+
+@pytest.mark.parametrize(("command", "function", "arguments"), COMMANDS, ids=[name for name, *_ in COMMANDS])
+def test_options_of_sources_are_passed_on(command, function, arguments, monkeypatch):
+    seen = {}
+
+    def remember(*args, **options):
+        seen.update(options, path=args[0])
+        raise UnsupportedError("enough")
+
+    monkeypatch.setattr(f"automodel_conv.{function}", remember)
+    given = {"revision": "r", "token": "hidden", "cache_dir": Path("c"), "subfolder": "s", "variant": "v"}
+    words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
+    more = ["--local-files-only", "--storage-option", "anon=true", "--node-cache", "n", "--storage-option", "a=b"]
+    result = run(*command.split(), *arguments, *words, *more)
+    assert "enough" in result.stderr
+    assert "hidden" not in result.output
+    expected = given | {
+        "path": "A",
+        "local_files_only": True,
+        "storage_options": {"anon": True, "a": "b"},
+        "node_cache": Path("n"),
+    }
+    assert {name: seen[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("command", ["verify", "bench", "refit-plan", "adapter inspect"])
+def test_options_of_sources_are_options_of_all_commands_that_read(command, plain):
+    further = {"refit-plan": ["--trainer", "fsdp=1", "--engine", "tp=1"], "adapter inspect": ["--base", "b"]}
+    result = run(*command.split(), plain, *further.get(command, []), "--subfolder", "../up")
+    assert result.exit_code == 1
+    assert "no subfolder" in result.stderr

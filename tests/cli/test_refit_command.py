@@ -20,7 +20,7 @@ def test_prints_divisions_costs_and_the_busiest_link(moe, no_tensor_data, tmp_pa
     file = tmp_path / "forecast.json"
     result = run("refit-plan", moe, *MESHES, "--bucket-bytes", "64KiB", "--json", file)
     assert result.exit_code == 0, result.output
-    plan = refit_plan(described_model(str(moe), None, None), {"fsdp": 2}, parse_engine_mesh("tp=2"), 1 << 16)
+    plan = refit_plan(described_model(str(moe), {}, None), {"fsdp": 2}, parse_engine_mesh("tp=2"), 1 << 16)
     assert str(plan.forecast) in result.stdout
     assert plan.forecast.rounds > 1
     text = " ".join(result.stdout.split())

@@ -77,16 +77,16 @@ def test_json_has_the_bytes_of_each_link():
 
 
 def test_a_config_is_enough(config, moe):
-    names = described_model(str(config), None, None).state_dict().keys()
-    assert names == described_model(str(moe), None, None).state_dict().keys()
+    names = described_model(str(config), {}, None).state_dict().keys()
+    assert names == described_model(str(moe), {}, None).state_dict().keys()
 
 
 def test_a_checkpoint_is_read_by_its_headers(moe, no_tensor_data):
-    model = described_model(str(moe), None, torch.float32)
+    model = described_model(str(moe), {}, torch.float32)
     assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
     assert all(tensor.is_meta for tensor in model.state_dict().values())
 
 
 def test_a_directory_without_config_and_weights_is_refused(tmp_path):
     with pytest.raises(CheckpointError):
-        described_model(str(tmp_path), None, None)
+        described_model(str(tmp_path), {}, None)

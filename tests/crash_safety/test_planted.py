@@ -49,8 +49,8 @@ FOUND_BY = {
     ),
     "unfinished work of another kind is resumed": (
         resuming,
-        "        if not _is_same_work(earlier.work, work):",
-        "        if False:",
+        "    if _is_same_work(was, now):",
+        "    if True:",
         test_unfinished_work_of_another_kind_is_refused_and_can_still_finish,
         {"call": 40},
     ),

@@ -16,20 +16,36 @@ from torch import nn
 
 import automodel_conv as amc
 from automodel_conv.compiling.options import (
+    CompileOptions,
+    CompileSettings,
     LoadOptions,
     LoadSettings,
-    PlanOptions,
-    PlanSettings,
     TraceOptions,
     TraceSettings,
 )
 from automodel_conv.doors import key_docs, keyword_options
+from automodel_conv.files.source_options import SourceSettings
 
 LOADERS = [amc.load_state_dict, amc.load_model]
 OPTIONS = [
-    (amc.compile_plan, PlanOptions, PlanSettings),
+    (amc.compile_plan, CompileOptions, CompileSettings),
     *((loader, LoadOptions, LoadSettings) for loader in LOADERS),
     (amc.load_with, TraceOptions, TraceSettings),
+]
+SOURCE_DOORS = [
+    amc.open_checkpoint,
+    amc.compile_plan,
+    amc.load_model,
+    amc.load_state_dict,
+    amc.load_with,
+    amc.trace_loader,
+    amc.convert_checkpoint,
+    amc.verify_checkpoint,
+    amc.save_checkpoint,
+    amc.revert_state_dict,
+    amc.published_tensors,
+    amc.convert_adapter,
+    amc.merge_adapter,
 ]
 IDS = [function.__name__ for function, _, _ in OPTIONS]
 
@@ -86,7 +102,16 @@ def test_bool_keys_state_their_default():
         if isinstance(field.default, bool):
             assert texts[field.name].endswith(f"Default: {field.default}."), field.name
         else:
-            assert "None: " in texts[field.name] or field.name in ("device_map", "plan"), field.name
+            assert "None: " in texts[field.name] or field.name in ("device_map", "plan", "subfolder"), field.name
+
+
+@pytest.mark.parametrize("function", SOURCE_DOORS)
+def test_every_function_that_reads_a_checkpoint_shows_the_options_of_sources(function):
+    keywords, defaults = keywords_of(function), {field.name: field.default for field in fields(SourceSettings)}
+    assert {name: keywords[name].default for name in defaults} == defaults
+    lines = inspect.getdoc(function).splitlines()
+    assert all(any(line.startswith(f"    {name}: ") for line in lines) for name in defaults)
+    assert not any("**options" in line for line in lines)
 
 
 @pytest.mark.parametrize("function", [function for function, _, _ in OPTIONS], ids=IDS)
@@ -128,12 +153,12 @@ def test_docstring_keeps_its_entry_without_source_code(monkeypatch):
 
         Args:
             path: a path.
-            **options: see ``PlanOptions``.
+            **options: see ``CompileOptions``.
         """
 
-    shown = keyword_options(PlanOptions, PlanSettings)(function)
-    assert "**options: see ``PlanOptions``." in shown.__doc__
-    assert list(inspect.signature(shown).parameters) == ["path", *PlanOptions.__annotations__]
+    shown = keyword_options(CompileOptions, CompileSettings)(function)
+    assert "**options: see ``CompileOptions``." in shown.__doc__
+    assert list(inspect.signature(shown).parameters) == ["path", *CompileOptions.__annotations__]
 
 
 CALLS = """\

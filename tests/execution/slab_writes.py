@@ -14,6 +14,7 @@ from automodel_conv.execution.reading import OpenFiles
 from automodel_conv.execution.writing import (
     DeviceTensorProducer,
     HostTensorProducer,
+    SlabGroup,
     SourceFileProducer,
     create_shard_file,
     jobs_by_slab,
@@ -99,7 +100,7 @@ def write(kind, case, directory, threads=2, **options):
         with open_destination(str(directory), [shard], None) as destination:
             path = destination.path(shard.name)
             create_shard_file(shard, path)
-            write_slabs([(slabs.slabs, start)], path, threads, seen.append)
+            write_slabs([SlabGroup(slabs.slabs, start)], path, threads, seen.append)
             destination.finish(shard)
             destination.commit(None)
     assert sum(seen) == shard.nbytes - len(shard.header)

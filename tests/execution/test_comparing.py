@@ -9,10 +9,9 @@ import pytest
 from automodel_conv.errors import ReadError, VerificationError
 from automodel_conv.execution import writing
 from automodel_conv.execution.comparing import compare_file
-from automodel_conv.execution.writing import first_different_byte
+from automodel_conv.execution.writing import SlabGroup, first_different_byte
 from automodel_conv.files.header import read_header
 from automodel_conv.files.source import LocalFile
-from automodel_conv.schedule.writes import Slabs
 from tests.execution.slab_writes import MAKERS, every_case, producer_of, write
 
 
@@ -23,7 +22,7 @@ def cases(tmp_path_factory):
 
 def compared(kind, case, path, threads=2, **options):
     with producer_of(kind, case, **options) as (_, slabs, start):
-        return first_different_byte(slabs.slabs, LocalFile(str(path)), start, threads, lambda nbytes: None)
+        return first_different_byte(SlabGroup(slabs.slabs, start), LocalFile(str(path)), threads, lambda nbytes: None)
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -62,7 +61,7 @@ def test_truncated_file_is_reported(cases, tmp_path):
 def test_nothing_to_compare_is_equal(tmp_path):
     (tmp_path / "a").write_bytes(b"x")
     assert (
-        first_different_byte(Slabs([], ()).slabs, LocalFile(str(tmp_path / "a")), lambda: None, 2, lambda nbytes: None)
+        first_different_byte(SlabGroup([], lambda: None), LocalFile(str(tmp_path / "a")), 2, lambda nbytes: None)
         is None
     )
 
@@ -81,7 +80,7 @@ def test_first_element_that_differs_is_named_by_tensor_and_index(cases, tmp_path
         if element == 1:
             index = [*[0] * (len(shape) - 1), 1]
         with producer_of("host", cases[0]) as (shard, slabs, start), pytest.raises(VerificationError) as caught:
-            compare_file((slabs.slabs, start), LocalFile(str(changed)), shard, 1, lambda nbytes: None)
+            compare_file(SlabGroup(slabs.slabs, start), LocalFile(str(changed)), shard, 1, lambda nbytes: None)
         text = str(caught.value)
         assert text.startswith(f"{name} does not match")
         assert f"{changed}, byte {at}" in text
@@ -91,5 +90,5 @@ def test_first_element_that_differs_is_named_by_tensor_and_index(cases, tmp_path
 def test_file_that_is_right_is_counted_and_raises_nothing(cases, tmp_path):
     path, seen = write("host", cases[0], tmp_path), []
     with producer_of("host", cases[0]) as (shard, slabs, start):
-        compare_file((slabs.slabs, start), LocalFile(str(path)), shard, 2, seen.append)
+        compare_file(SlabGroup(slabs.slabs, start), LocalFile(str(path)), shard, 2, seen.append)
     assert sum(seen) == shard.nbytes - len(shard.header)

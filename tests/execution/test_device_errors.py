@@ -8,13 +8,19 @@ import types
 from unittest import mock
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+import automodel_conv as amc
 from automodel_conv.errors import ConversionError, ReadError, UnsupportedError
 from automodel_conv.execution import copy_batch
 from automodel_conv.execution import device as streaming
 from automodel_conv.execution.workers import Stopped
-from tests.execution.device_loads import assert_released, load, planted
+from tests.execution.device_loads import Case, assert_released, load, planted
 from tests.execution.simulated import DeviceFault, SimulatedDevice
+from tests.files.remote.random_faults import within
+from tests.loopback_faults import OTHER_SIZE, STALL, Faults
+from tests.loopback_store import serve
 
 
 def test_failing_read_is_raised_at_once_while_other_threads_still_read(cases, calls):
@@ -34,6 +40,16 @@ def test_failing_read_is_raised_before_the_device_error_at_the_end(cases, calls)
     with pytest.raises(ReadError, match=r"Input/output error[\s\S]*also: +DeviceFault: .*illegal access"):
         load(cases[0], device, threads=1, scratch_bytes=16384)
     assert_released(device, calls)
+
+
+def test_changed_file_on_a_server_is_raised_while_another_thread_waits_for_bytes(tmp_path):
+    weights = torch.arange(30_000, dtype=torch.float32)
+    save_file({"w": weights}, tmp_path / "model.safetensors")
+    with serve(tmp_path, faults=Faults({1: STALL, 2: OTHER_SIZE}, ending="model.safetensors")) as server:
+        checkpoint = amc.open_checkpoint(f"{server.url}/model.safetensors")
+        case = Case(checkpoint, amc.compile_plan(checkpoint, rules=[]), {"w": weights})
+        with pytest.raises(ReadError, match="has changed"):
+            within(15, lambda: load(case, SimulatedDevice(), threads=2, scratch_bytes=1 << 16))
 
 
 class Impatient(threading.Condition):

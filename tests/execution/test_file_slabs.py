@@ -18,7 +18,7 @@ def written_tensors(slabs, targets, places):
     files = {}
     for file in sorted(slabs.by_file):
         data = bytearray(4096)
-        with slabs.opened(file) as (group, start):
+        with slabs.opened(file) as (group, start, _):
             maker = start()
             for slab in group:
                 content = b"".join(bytes(view) for view in maker(slab))
@@ -52,7 +52,7 @@ def test_targets_without_elements_have_no_slabs(tmp_path):
     slabs = FileSlabs(checkpoint, plan.targets, [(0, 0), (2, 0)], {}, SHARE)
     assert slabs.by_file.keys() == {2}
     assert slabs.nbytes == 12
-    with slabs.opened(0) as (group, _):
+    with slabs.opened(0) as (group, *_):
         assert list(group) == []
 
 
@@ -69,6 +69,6 @@ def test_block_that_fails_closes_the_sources(tmp_path):
     _, checkpoint, plan = moe(tmp_path, TRANSPOSE, shape=(2, 5, 8))
     slabs = FileSlabs(checkpoint, plan.targets, [(0, 0), (0, 1000), (0, 2000)], {}, SHARE)
     before = descriptors()
-    with pytest.raises(ZeroDivisionError), slabs.opened(0) as (group, start):
+    with pytest.raises(ZeroDivisionError), slabs.opened(0) as (group, start, _):
         1 / len(start()(group[0])[:0])
     assert descriptors() == before

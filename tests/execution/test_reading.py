@@ -1,6 +1,5 @@
 """Tests of reads of files into memory: one call for neighbours, files closed after their last job, named errors."""
 
-import dataclasses
 import os
 
 import pytest
@@ -105,8 +104,3 @@ def test_file_that_is_gone_is_named_with_its_tensor(checkpoint):
     os.remove(checkpoint.files[1])
     with pytest.raises(ReadError, match=r"(?s)b\.safetensors.*tensor:   c\n.*cannot open"):
         read_whole(checkpoint.position["c"], checkpoint)
-
-
-def test_checkpoint_of_only_headers_cannot_be_read(checkpoint):
-    with pytest.raises(ReadError, match=r"(?s)its headers only.*org/name"):
-        OpenFiles(dataclasses.replace(checkpoint, is_remote=True), [])

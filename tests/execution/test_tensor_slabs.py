@@ -19,7 +19,7 @@ from automodel_conv.dtypes import itemsize
 from automodel_conv.errors import ConversionError
 from automodel_conv.execution import tensor_slabs as module
 from automodel_conv.execution.tensor_slabs import LocalTensor, tensor_slabs
-from automodel_conv.execution.writing import write_slabs
+from automodel_conv.execution.writing import SlabGroup, write_slabs
 from automodel_conv.files import system
 from automodel_conv.planning import boxes, parts_of_sources
 from automodel_conv.planning.operations import Operation
@@ -103,7 +103,7 @@ class Files:
 
             system.pwritev = counted
             try:
-                slabs = [(group.by_file.get(number, []), group.start) for group in groups]
+                slabs = [SlabGroup(group.by_file.get(number, []), group.start) for group in groups]
                 write_slabs(slabs, path, threads, lambda nbytes: None)
             finally:
                 system.pwritev = real

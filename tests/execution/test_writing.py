@@ -9,8 +9,10 @@ import threading
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.profiler import ProfilerActivity, profile
 
+import automodel_conv as amc
 from automodel_conv.dtypes import dtype_code
 from automodel_conv.errors import ConversionError, ReadError, WriteError
 from automodel_conv.execution import writing
@@ -21,6 +23,9 @@ from automodel_conv.testing import address_valued, assert_bytes_equal, guarded
 from tests.execution.simulated import DeviceFault, SimulatedDevice
 from tests.execution.slab_writes import MAKERS, SLAB, Case, case_of, every_case, producer_of, write
 from tests.execution.support import LAYOUTS, MERGE, columns, experts, naive, plan_of, target, write_checkpoint
+from tests.files.remote.random_faults import within
+from tests.loopback_faults import OTHER_SIZE, STALL, Faults
+from tests.loopback_store import serve
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -336,3 +341,21 @@ def test_device_memory_stays_within_the_budget(cases, tmp_path):
     write("device", cases[4], tmp_path, threads=3, device=device)
     assert 0 < device.pinned_bytes <= 3 * SLAB
     assert 0 < device.scratch_bytes <= 3 * SLAB
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        Faults({2: STALL, 3: OTHER_SIZE}, ending="model.safetensors"),
+        Faults({2: OTHER_SIZE, 3: STALL}, ending="model.safetensors"),
+    ],
+)
+def test_changed_file_on_a_server_ends_a_conversion_while_another_thread_waits_for_bytes(tmp_path, faults):
+    (tmp_path / "served").mkdir()
+    save_file({"w": torch.arange(1 << 20, dtype=torch.float32)}, tmp_path / "served" / "model.safetensors")
+    with serve(tmp_path / "served", faults=faults) as server:
+        url = f"{server.url}/model.safetensors"
+        options = {"rules": [], "threads": 2, "scratch_bytes": 1 << 18}
+        with pytest.raises(ReadError, match="has changed"):
+            within(15, lambda: amc.convert_checkpoint(url, tmp_path / "out", **options))
+        assert len(server.requests) >= 4

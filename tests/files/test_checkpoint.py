@@ -284,10 +284,12 @@ def test_similar_names_next_to_a_missing_path_are_listed(monkeypatch, parent, tm
     refused("runs/step-10", "is not installed to download it", "similar:\n    runs/step-100\n")
 
 
-def test_a_home_directory_that_is_not_expanded_is_explained(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for path in ("~/checkpoint", "~user/checkpoint"):
-        refused(path, "no such checkpoint", "os.path.expanduser")
+def test_home_directory_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_file({"x": torch.ones(2)}, tmp_path / "model.safetensors")
+    assert open_checkpoint("~/model.safetensors").files == (str(tmp_path / "model.safetensors"),)
+    refused("~/checkpoint", "no such checkpoint", str(tmp_path / "checkpoint"))
+    refused("~nobody-has-this-name/checkpoint", "no such checkpoint", "~nobody-has-this-name/checkpoint")
 
 
 def test_indexed_tensor_missing_from_its_file_is_named(tmp_path):

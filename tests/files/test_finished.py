@@ -10,6 +10,7 @@ from automodel_conv.files import finished, system
 from automodel_conv.files.finished import is_finished
 from automodel_conv.files.shards import CHECKSUMS_NAME, Spec, shard_of
 from automodel_conv.files.staging import STAGING_NAME
+from automodel_conv.files.uploads.output_folders import LocalFolder
 
 INDEX = "model.safetensors.index.json"
 
@@ -33,9 +34,9 @@ def work(tmp_path):
 
 def test_exactly_these_files_are_finished_whatever_the_data_is(work):
     directory, arguments = work
-    assert is_finished(str(directory), *arguments)
+    assert is_finished(LocalFolder(str(directory)), *arguments)
     (directory / "README.md").write_text("of somebody")
-    assert is_finished(str(directory), *arguments)
+    assert is_finished(LocalFolder(str(directory)), *arguments)
 
 
 def change_byte(path, offset):
@@ -64,16 +65,16 @@ CHANGES = {
 def test_anything_else_is_not(work, change, monkeypatch):
     monkeypatch.setattr(finished, "_STEP_BYTES", 7)
     directory, arguments = work
-    assert is_finished(str(directory), *arguments)
+    assert is_finished(LocalFolder(str(directory)), *arguments)
     CHANGES[change](directory)
-    assert not is_finished(str(directory), *arguments)
+    assert not is_finished(LocalFolder(str(directory)), *arguments)
 
 
 def test_checksums_must_be_there_if_they_are_asked_for(work):
     directory, (*arguments, _) = work
-    assert not is_finished(str(directory), *arguments, True)
+    assert not is_finished(LocalFolder(str(directory)), *arguments, True)
     (directory / CHECKSUMS_NAME).touch()
-    assert is_finished(str(directory), *arguments, True)
+    assert is_finished(LocalFolder(str(directory)), *arguments, True)
 
 
 def test_failed_read_is_an_error(work, monkeypatch):
@@ -83,4 +84,4 @@ def test_failed_read_is_an_error(work, monkeypatch):
     directory, arguments = work
     monkeypatch.setattr(system, "list_names", refuse)
     with pytest.raises(ReadError, match=r"(?s)cannot read the directory.*out.*Permission denied"):
-        is_finished(str(directory), *arguments)
+        is_finished(LocalFolder(str(directory)), *arguments)

@@ -19,7 +19,7 @@ IMPURE = {
     *("io", "os", "pathlib", "shutil", "tempfile", "mmap", "glob", "fcntl", "ctypes", "subprocess", "socket", "urllib"),
 }
 """Packages for files, the network, or models; a pure room imports none of them."""
-COLUMNS_AND_NUMBERS = {"Checkpoint", "IOV_MAX"}
+COLUMNS_AND_NUMBERS = {"Checkpoint", "IOV_MAX", "SMALL_RANGE_BYTES"}
 """Names that pure rooms may import from ``files/``: the table of the headers, and a number of the system."""
 
 

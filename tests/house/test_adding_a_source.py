@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import automodel_conv as amc
 from automodel_conv.errors import ReadError
-from automodel_conv.files import checkpoint as opening
+from automodel_conv.files import located as opening
 
 EXPERTS, SIZE, HIDDEN = 4, 24, 32
 PATH = "model.layers.0.mlp.experts"
@@ -59,6 +59,8 @@ class Remote(NamedTuple):
     port: int
     path: str
 
+    is_remote = True
+
     def describe(self):
         return f"http://127.0.0.1:{self.port}{self.path}"
 
@@ -84,6 +86,9 @@ class OpenRemote(NamedTuple):
     def size(self):
         return int(self.ask("HEAD")[0]["Content-Length"])
 
+    def expect(self, ranges):
+        pass  # it could request each range at once
+
     def read_into(self, views, offset):
         total = sum(map(len, views))
         data = self.ask("GET", Range=f"bytes={offset}-{offset + total - 1}")[1] if total else b""
@@ -94,6 +99,9 @@ class OpenRemote(NamedTuple):
 
     def descriptor(self):
         return None
+
+    def abort(self):
+        pass
 
     def close(self):
         pass

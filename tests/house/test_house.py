@@ -79,7 +79,7 @@ def test_transformers_is_imported_in_few_rooms(tree):
 
 
 def test_drawings_name_existing_modules():
-    named = re.findall(r"--([a-z_]+(?:/[a-z_]+)?)-+>", CONTRIBUTING.read_text(encoding="utf-8"))
+    named = re.findall(r"--([a-z_]+(?:/[a-z_]+)*)-+>", CONTRIBUTING.read_text(encoding="utf-8"))
     assert len(named) > 10
     absent = [name for name in named if not (PACKAGE / f"{name}.py").is_file()]
     assert not absent, f"CONTRIBUTING's drawings name modules that do not exist: {absent}. do: correct the names"

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from automodel_conv.errors import CoverageError, NameProblems, UnsupportedError
+from automodel_conv.files.source_options import SourceSettings
 from automodel_conv.lora.merging import open_adapters, plan_merge
 from automodel_conv.planning.quantization import arranged_plan
 from automodel_conv.planning.regions import box
@@ -125,11 +126,11 @@ def test_adapter_that_does_not_fit_is_refused():
 def test_adapters_are_a_path_or_pairs(tmp_path):
     first, second = write_adapter(tmp_path / "1", ADAPTER), write_adapter(tmp_path / "2", ADAPTER)
     for argument in (first, str(first)):
-        [adapter] = open_adapters(argument)
+        [adapter] = open_adapters(argument, SourceSettings())
         assert (adapter.path, adapter.weight) == (str(first), 1.0)
-    opened = open_adapters([(first, 1), (str(second), -0.5)])
+    opened = open_adapters([(first, 1), (str(second), -0.5)], SourceSettings())
     assert [(adapter.path, adapter.weight) for adapter in opened] == [(str(first), 1.0), (str(second), -0.5)]
-    assert [adapter.weight for adapter in open_adapters(((first, 0),))] == [0.0]
+    assert [adapter.weight for adapter in open_adapters(((first, 0),), SourceSettings())] == [0.0]
 
 
 @pytest.mark.parametrize(
@@ -150,4 +151,4 @@ def test_adapters_are_a_path_or_pairs(tmp_path):
 )
 def test_other_arguments_are_refused(argument, found):
     with pytest.raises(UnsupportedError, match=f"(?s)not an adapter.*pairs of a path and a weight.*{found}"):
-        open_adapters(argument)
+        open_adapters(argument, SourceSettings())

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from automodel_conv.errors import DestinationError, NameProblems, UnsupportedError, WriteError
 from automodel_conv.files import system
 from automodel_conv.files.shards import LAYOUT_KEY
+from automodel_conv.files.uploads.output_folders import LocalFolder
 from automodel_conv.lora import writing
 from automodel_conv.lora.adapter import open_adapter
 from automodel_conv.lora.config import config_of
@@ -36,7 +37,7 @@ FIRST = per_expert() | lora("q_proj", 6, HIDDEN, seed=50)
 def converted(source, destination, form, base=None):
     """Write an adapter of a directory, or in memory, in another form, and return its settings."""
     adapter = open_adapter(source) if isinstance(source, Path) else source
-    written = write_reformed(adapter, base or toy_base(), str(destination), form, False)
+    written = write_reformed(adapter, base or toy_base(), LocalFolder(str(destination)), form, False)
     return written, json.loads((destination / "adapter_config.json").read_text())
 
 

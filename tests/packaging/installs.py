@@ -22,7 +22,7 @@ REPOSITORY = HERE.parents[1]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 # The extras that each environment has; "" is none. vllm is too large.
 EXTRAS = ("", "transformers", "triton", "hub", "http", "s3", "gcs", "all")
-SHOWN = ("torch", "transformers", "triton", "huggingface-hub", "fsspec", "aiohttp", "s3fs", "gcsfs", "numpy", "typer")
+SHOWN = ("torch", "transformers", "triton", "huggingface-hub", "certifi", "fsspec", "s3fs", "gcsfs", "numpy", "typer")
 
 
 class Failed(Exception):

@@ -82,7 +82,7 @@ def never_planned(monkeypatch):
 @pytest.fixture
 def never_opened(monkeypatch):
     """Turn opening a checkpoint, and so downloading it, into an error."""
-    monkeypatch.setattr(opening, "open_downloaded", None)
+    monkeypatch.setattr(opening, "open_source", None)
 
 
 @pytest.mark.parametrize("form", ["plan", "json"])

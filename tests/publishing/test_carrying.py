@@ -68,7 +68,7 @@ def test_slabs_write_the_carried_bytes_at_their_places(source):
     assert slabs.nbytes == 32 + 24
     content = {}
     for file in slabs.by_file:
-        with slabs.opened(file) as (group, start):
+        with slabs.opened(file) as (group, start, _):
             maker = start()
             content[file] = [(slab.offset_bytes, b"".join(map(bytes, maker(slab)))) for slab in group]
     assert content == {

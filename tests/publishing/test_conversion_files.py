@@ -10,7 +10,9 @@ from automodel_conv.errors import ConversionError, DestinationError
 from automodel_conv.execution.adding import CHUNK_BYTES
 from automodel_conv.execution.factors import KEPT_BYTES
 from automodel_conv.files import system
+from automodel_conv.files.source_options import SourceSettings
 from automodel_conv.files.staging import STAGING_NAME
+from automodel_conv.files.uploads.output_folders import LocalFolder
 from automodel_conv.publishing.conversion_files import Writing, convert
 from tests.comparing import assert_same, tensors_of
 from tests.execution.support import write_checkpoint
@@ -55,7 +57,7 @@ def writing(**options):
 
 
 def test_without_adapters_bytes_stay(tmp_path, base):
-    report = convert(base, tmp_path / "out", OPTIONS, writing())
+    report = convert(base, LocalFolder(str(tmp_path / "out")), SourceSettings(), OPTIONS, writing())
     assert_same(tensors_of(tmp_path / "out"), TENSORS)
     assert (report.adapted, report.files) == ((), ("model.safetensors",))
 
@@ -114,7 +116,7 @@ def test_other_weights_do_not_continue_the_work(tmp_path, base, adapter, monkeyp
 def test_conversion_does_not_continue_a_merge(tmp_path, base, adapter, monkeypatch):
     interrupted(lambda: merge_adapter(base, adapter, tmp_path / "out"), monkeypatch)
     with pytest.raises(DestinationError, match=r"differs from this one"):
-        convert(base, tmp_path / "out", OPTIONS, writing())
-    report = convert(base, tmp_path / "out", OPTIONS, writing(resume=False))
+        convert(base, LocalFolder(str(tmp_path / "out")), SourceSettings(), OPTIONS, writing())
+    report = convert(base, LocalFolder(str(tmp_path / "out")), SourceSettings(), OPTIONS, writing(resume=False))
     assert report.files_resumed == 0
     assert_same(tensors_of(tmp_path / "out"), TENSORS)

@@ -23,7 +23,7 @@ def test_each_rank_holds_what_a_rank_of_vllm_holds(world, tmp_path):
     ended = run_suite("tests.vllm.divisions", world, tmp_path, variants)
     for number, architecture in enumerate(ARCHITECTURES):
         write(architecture, tmp_path / architecture)
-        model = described_model(str(tmp_path / architecture), None, None)
+        model = described_model(str(tmp_path / architecture), {}, None)
         for variant in variants:
             tensors = engine_tensors(model, trainer_parts(model, {}, 1 << 20), parse_engine_mesh(variant))
             sizes = {target.name: itemsize(target.dtype) for target in tensors.plan.targets}

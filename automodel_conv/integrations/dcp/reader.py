@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
+from typing_extensions import Unpack
 
 from automodel_conv.compiling.options import PlanSettings
 from automodel_conv.compiling.planned import check_options, load_plan
@@ -29,8 +30,10 @@ from automodel_conv.execution.buffers import dtype_of
 from automodel_conv.execution.filling import Limits, fill
 from automodel_conv.execution.report import Clock, LoadReport, report_of
 from automodel_conv.files import system
-from automodel_conv.files.checkpoint import Checkpoint, open_downloaded
+from automodel_conv.files.checkpoint import Checkpoint, open_source
 from automodel_conv.files.hub import with_repository
+from automodel_conv.files.remote.urls import is_url
+from automodel_conv.files.source_options import SourceOptions, SourceSettings
 from automodel_conv.planning.names import plain_names
 from automodel_conv.planning.plan import CopyPlan, plan_of_parts
 from automodel_conv.planning.problems import Problems
@@ -62,6 +65,7 @@ class HuggingFaceReader(StorageReader):
             ``config.json`` is used. If torch has wrapped the model, the state dict may have the names of the wrapped
             model, or those of the model itself as returned by ``get_model_state_dict``.
         threads, scratch_bytes, device_scratch_bytes: see ``load_state_dict``.
+        **options: where the checkpoint is and how it is reached; see ``SourceOptions``.
 
     Raises:
         CheckpointError, NameProblems, UnsupportedError: see ``compile_plan``; raised by ``read_metadata``.
@@ -91,8 +95,11 @@ class HuggingFaceReader(StorageReader):
         threads: int | None = None,
         scratch_bytes: int | None = None,
         device_scratch_bytes: int | None = None,
+        **options: Unpack[SourceOptions],
     ):
-        self._given = {name: given for name, given in locals().items() if name != "self"}
+        self._settings = SourceSettings(**options)
+        self._given = {name: given for name, given in locals().items() if name not in ("self", "options")}
+        self._given |= self._settings.source()
         self._path = path
         self._model = None if model is None else plain_model(model)
         self._aliases = {} if model is None or self._model is None else _wrapped_names(model, self._model)
@@ -128,7 +135,7 @@ class HuggingFaceReader(StorageReader):
         clock = Clock()
         with at_door("planning", lambda: self._given):
             check_options(self._options)  # before a download
-            checkpoint = open_downloaded(self._path)
+            checkpoint = open_source(self._path, self._settings)
             clock.lap("open")
             whole, problems, model = load_plan(checkpoint, self._model, self._options)
             problems.raise_unless_fit(
@@ -199,8 +206,9 @@ class HuggingFaceReader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Return whether the directory or file exists."""
-        return system.exists(os.fsdecode(checkpoint_id))
+        """Return whether the directory or file exists, or may exist behind a URL."""
+        path = os.path.expanduser(os.fsdecode(checkpoint_id))
+        return is_url(path) or system.exists(path)
 
 
 def _wrapped_names(model: nn.Module, plain: nn.Module) -> dict[str, str]:

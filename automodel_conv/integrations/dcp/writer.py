@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
+from typing_extensions import Unpack
 
 from automodel_conv.compiling.experts import refuse_missing_experts
 from automodel_conv.compiling.marks import naming_of_save
@@ -30,11 +31,12 @@ from automodel_conv.doors import at_door
 from automodel_conv.dtypes import dtype_code
 from automodel_conv.errors import CoverageError, NameProblems, UnsupportedError, listing, message
 from automodel_conv.execution.tensor_slabs import LocalTensor, tensor_slabs
-from automodel_conv.execution.writing import split_scratch, write_slabs
-from automodel_conv.files.checkpoint import open_checkpoint
+from automodel_conv.execution.writing import SlabGroup, split_scratch, write_slabs
+from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint
 from automodel_conv.files.destination import Destination, open_destination
-from automodel_conv.files.remote import local_path
+from automodel_conv.files.remote.urls import local_path
 from automodel_conv.files.shards import Naming, Shard
+from automodel_conv.files.source_options import SourceOptions, SourceSettings
 from automodel_conv.files.staging import staged_path
 from automodel_conv.integrations.dcp.consistency import refuse_failures, refuse_unlike, shared_items
 from automodel_conv.planning.copies import SourceTable
@@ -61,6 +63,7 @@ class HuggingFaceWriter(StorageWriter):
         model: model that provides rules, config and tied names, which are written once. Alternatively, pass rules,
             layout or reference.
         rules, layout, reference, max_shard_size, threads, scratch_bytes: see ``save_checkpoint``.
+        **options: where the reference is and how it is reached; see ``SourceOptions``.
 
     Raises:
         NameProblems, CoverageError, RankError, UnsupportedError, DestinationError, WriteError: see
@@ -90,8 +93,11 @@ class HuggingFaceWriter(StorageWriter):
         max_shard_size: int | str = "5GB",
         threads: int | None = None,
         scratch_bytes: int | None = None,
+        **options: Unpack[SourceOptions],
     ):
-        self._given = {name: given for name, given in locals().items() if name != "self"}
+        self._settings = SourceSettings(**options)
+        self._given = {name: given for name, given in locals().items() if name not in ("self", "options")}
+        self._given |= self._settings.source()
         self._directory = local_path(directory)
         self._model = None if model is None else plain_model(model)
         self._rules = None if rules is None else list(rules)
@@ -155,7 +161,7 @@ class HuggingFaceWriter(StorageWriter):
             names = [saved_names[plain] for plain in self._names if plain in saved_names]
         table = SourceTable(names, [specs[name][0] for name in names], [specs[name][1] for name in names])
         copies, shards, naming = self._plan(table)
-        reference = None if self._reference is None else open_checkpoint(self._reference)
+        reference = self._open_reference()
         left_out = not_saved(self._model, reference, [target.name for target in copies.targets])
         opening = open_destination(self._directory, shards, None, index_name=naming.index_name)
         with at_door("starting the save", lambda: self._given):
@@ -198,10 +204,15 @@ class HuggingFaceWriter(StorageWriter):
 
     def _plan(self, table: SourceTable) -> tuple[CopyPlan, list[Shard], Naming]:
         with at_door("planning what to save", lambda: self._given):
-            reference = None if self._reference is None else open_checkpoint(self._reference)
+            reference = self._open_reference()
             plan = saving_plan(table, model=self._model, rules=self._rules, layout=self._layout, reference=reference)
             naming = naming_of_save(plan, self._model, self._layout, reference)
             return plan, shards_for(plan.targets, reference, self._max_shard_size, naming), naming
+
+    def _open_reference(self) -> Checkpoint | None:
+        if self._reference is None:
+            return None
+        return open_checkpoint(self._reference, **self._settings.shared(self._reference).source())
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write the items of this rank's plan, and wait until they are on the disk.
@@ -234,7 +245,7 @@ class HuggingFaceWriter(StorageWriter):
             copies, local_tensors, places_in(shards, copies.targets), most_bytes=self._share.slab_bytes
         )
         for file, shard in enumerate(shards):
-            slabs = [(group.by_file.get(file, []), group.start) for group in groups]
+            slabs = [SlabGroup(group.by_file.get(file, []), group.start) for group in groups]
             write_slabs(slabs, staged_path(self._directory, shard.name), self._share.threads, lambda nbytes: None)
         return results
 

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from typing_extensions import Unpack
 
+    from automodel_conv.files.source_options import SourceOptions
     from automodel_conv.integrations.vllm.weight_source import PublishedSource
 
 LOAD_FORMAT = "automodel_conv"
@@ -55,6 +57,7 @@ def published_source(
     reference: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | None = None,
     owners: str = "mesh",
+    **options: Unpack[SourceOptions],
 ) -> PublishedSource:
     """Return a ``WeightSource`` of vLLM that yields a model's tensors under their published names.
 
@@ -75,14 +78,15 @@ def published_source(
         module: the trainer's model, sharded and with its dtype; see ``published_tensors``.
         rules: rule objects of transformers; they are reversed. None: the model's own rules. ``[]``: keep the names.
         layout: layout of the experts in the model. None: that of the model's own parameters.
-        reference: path of the checkpoint that the engine has loaded, to restore exactly its names and shapes. None:
-            those that transformers saves.
+        reference: the checkpoint that the engine has loaded, see ``open_checkpoint``, to restore exactly its names and
+            shapes. None: those that transformers saves.
         dtype: dtype of all floating-point tensors, except those that a transformers model keeps in float32: they are
             cast before they are sent. None: the dtypes that they have.
         owners: "mesh": each tensor belongs to all ranks of the mesh that its source is on, as NCCL broadcast, IPC and
             M2N ask. "holders": a tensor that some ranks hold whole, such as an expert, belongs to these ranks, so that
             it is not gathered; or it belongs to the ranks along fewer dimensions of the mesh that hold it together.
             Sharded RDT accepts this.
+        **options: where ``reference`` is and how it is reached; see ``SourceOptions``.
 
     Raises:
         ImportError: vLLM is not installed.
@@ -98,4 +102,6 @@ def published_source(
     """
     from automodel_conv.integrations.vllm.weight_source import PublishedSource
 
-    return PublishedSource(module, rules=rules, layout=layout, reference=reference, dtype=dtype, owners=owners)
+    return PublishedSource(
+        module, rules=rules, layout=layout, reference=reference, dtype=dtype, owners=owners, **options
+    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace as replace_settings
 from typing import Any
 
 import torch
@@ -26,7 +27,10 @@ from vllm.tracing import instrument
 from automodel_conv.errors import UnsupportedError, listing, message
 from automodel_conv.execution.report import LoadReport
 from automodel_conv.files import system
-from automodel_conv.files.checkpoint import Checkpoint, open_files
+from automodel_conv.files.checkpoint import Checkpoint, joined, open_files, open_source
+from automodel_conv.files.located import may_be_repository
+from automodel_conv.files.remote.urls import is_url
+from automodel_conv.files.source_options import SourceSettings
 from automodel_conv.integrations.vllm.trace_key import trace_key
 from automodel_conv.tracing import load_with
 
@@ -34,6 +38,7 @@ logger = init_logger("vllm.automodel_conv")  # vLLM shows the logs of its own na
 
 _SIZES = ("threads", "scratch_bytes", "device_scratch_bytes", "memory_budget")
 _OWN_OPTIONS = (*_SIZES, "huge_pages", "trace_cache")
+_SOURCE_OPTIONS = ("weights", "storage_options", "node_cache")
 _DEFAULT_OPTIONS = ("enable_weights_track",)
 
 
@@ -42,7 +47,11 @@ class ModelLoader(BaseModelLoader):
 
     ``model_loader_extra_config`` may have the read options of ``automodel_conv.load_with`` (``threads``,
     ``scratch_bytes``, ``device_scratch_bytes``, ``memory_budget``, ``huge_pages``); ``trace_cache``, a directory that
-    keeps traces, or null to keep none; and ``enable_weights_track`` of vLLM's default loader.
+    keeps traces, or null to keep none; and ``enable_weights_track`` of vLLM's default loader. ``weights`` is the path
+    or URL of the weights if it is not that of the model, such as ``s3://bucket/folder`` beside a local directory with
+    the config and the tokenizer; ``storage_options`` and ``node_cache`` are as in ``automodel_conv.SourceOptions``.
+
+    Files of a repository that the Hub's cache lacks are read by range, and not downloaded.
 
     Args:
         load_config: vLLM's settings of the load.
@@ -55,6 +64,12 @@ class ModelLoader(BaseModelLoader):
         super().__init__(load_config)
         extra = _checked(load_config)
         self._options = {name: extra[name] for name in _OWN_OPTIONS if name in extra}
+        self._weights = extra.get("weights")
+        self._settings = SourceSettings(
+            cache_dir=load_config.download_dir,
+            storage_options=extra.get("storage_options"),
+            node_cache=extra.get("node_cache"),
+        )
         own = {name: extra[name] for name in _DEFAULT_OPTIONS if name in extra}
         self._default = DefaultModelLoader(replace(load_config, load_format="auto", model_loader_extra_config=own))
 
@@ -103,33 +118,41 @@ class ModelLoader(BaseModelLoader):
         return report
 
     def _open(self, model: nn.Module, model_config: ModelConfig) -> Checkpoint:
-        """Open the files that the default loader reads, and download them if necessary.
+        """Open the files that the default loader reads, or those that ``weights`` names.
 
         Raises:
             UnsupportedError: they are pickled.
         """
+        weights = self._weights or model_config.model_weights
         sources = [
             DefaultModelLoader.Source(
-                model_config.model,
-                model_config.revision,
+                weights or model_config.model,
+                None if weights else model_config.revision,
                 fall_back_to_pt=getattr(model, "fall_back_to_pt_during_load", True),
                 allow_patterns_overrides=getattr(model, "allow_patterns_overrides", None),
             ),
             *getattr(model, "secondary_weights", ()),
         ]
-        files = []
-        for source in sources:
-            _, paths, is_safetensors, _ = self._default._prepare_weights(
-                source.model_or_path,
-                source.subfolder,
-                source.revision,
-                source.fall_back_to_pt,
-                source.allow_patterns_overrides,
+        return joined([(self._open_one(source, model_config.hf_token), source.prefix) for source in sources])
+
+    def _open_one(self, source: DefaultModelLoader.Source, token: str | bool | None) -> Checkpoint:
+        path = os.path.expanduser(source.model_or_path)
+        is_repository = not system.exists(path) and may_be_repository(path) and not envs.VLLM_USE_MODELSCOPE
+        if is_url(path) or (is_repository and source.allow_patterns_overrides is None):
+            own = replace_settings(
+                self._settings, revision=source.revision, token=token, subfolder=source.subfolder or ""
             )
-            if not is_safetensors:
-                raise UnsupportedError(message("pickled weights are not planned", where=source.model_or_path))
-            files += [(path, source.prefix) for path in sorted(paths, key=_natural_sort_key)]
-        return open_files(files)
+            return open_source(path, own.shared(path))
+        _, paths, is_safetensors, _ = self._default._prepare_weights(
+            path,
+            source.subfolder,
+            source.revision,
+            source.fall_back_to_pt,
+            source.allow_patterns_overrides,
+        )
+        if not is_safetensors:
+            raise UnsupportedError(message("pickled weights are not planned", where=path))
+        return open_files([(file, "") for file in sorted(paths, key=_natural_sort_key)])
 
     def _check_loaded(self, model: nn.Module, model_config: ModelConfig, loaded: set[str] | None) -> None:
         """Raise vLLM's own error if the loading code leaves out a parameter, when the default loader does."""
@@ -162,7 +185,7 @@ def _checked(load_config: LoadConfig) -> dict[str, Any]:
         ValueError: they are not a dict with known keys and values.
     """
     extra = load_config.model_loader_extra_config
-    known = (*_OWN_OPTIONS, *_DEFAULT_OPTIONS)
+    known = (*_OWN_OPTIONS, *_SOURCE_OPTIONS, *_DEFAULT_OPTIONS)
     if not isinstance(extra, dict):
         raise _wrong_extra("a JSON object", type(extra).__name__)
     if not extra.keys() <= {*known}:
@@ -172,9 +195,13 @@ def _checked(load_config: LoadConfig) -> dict[str, Any]:
             continue
         if name in _SIZES and (type(value) is not int or value < 1):
             raise _wrong_extra(f"a positive integer as {name}", repr(value))
-        if name == "trace_cache" and not isinstance(value, str):
+        if name in ("trace_cache", "node_cache") and not isinstance(value, str):
             raise _wrong_extra(f"a directory as {name}, or null", repr(value))
-        if name not in (*_SIZES, "trace_cache") and not isinstance(value, bool):
+        if name == "weights" and not isinstance(value, str):
+            raise _wrong_extra(f"a path or a URL as {name}, or null", repr(value))
+        if name == "storage_options" and not isinstance(value, dict):
+            raise _wrong_extra(f"a JSON object as {name}, or null", type(value).__name__)
+        if name in ("huge_pages", *_DEFAULT_OPTIONS) and not isinstance(value, bool):
             raise _wrong_extra(f"true or false as {name}", repr(value))
     return extra
 

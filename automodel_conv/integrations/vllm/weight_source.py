@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 from vllm.distributed.weight_transfer.base import ParamMeta, Replicate, Shard, WeightSource, layerwise_groups
 
 from automodel_conv.distributed.collectives import rank_of_this
 from automodel_conv.distributed.ownership import Owned, owned_targets
 from automodel_conv.errors import UnsupportedError, listing, message
 from automodel_conv.execution.buffers import dtype_of
+from automodel_conv.files.source_options import SourceOptions
 from automodel_conv.planning.copies import Target
 from automodel_conv.publishing.named_tensors import Gather, named_tensors
 
@@ -42,10 +44,11 @@ class PublishedSource(WeightSource):
         reference: str | os.PathLike[str] | None = None,
         dtype: torch.dtype | None = None,
         owners: str = "mesh",
+        **options: Unpack[SourceOptions],
     ):
         if owners not in OWNERS:
             raise UnsupportedError(message(f"unknown owners={owners!r}", expected=f"one of {list(OWNERS)}"))
-        self._named = named_tensors(module, rules=rules, layout=layout, reference=reference, dtype=dtype)
+        self._named = named_tensors(module, rules=rules, layout=layout, reference=reference, dtype=dtype, **options)
         plan = self._named.plan
         owned = owned_targets(plan, self._named.tensors(), by_holders=owners == "holders")
         by_name = {target.name: (target, own) for target, own in zip(plan.targets, owned, strict=True)}

@@ -16,7 +16,6 @@ def folder(tmp_path):
 
 @pytest.fixture
 def web(folder):
-    pytest.importorskip("aiohttp", reason="fsspec reads http with it")
     with serve(folder) as web:
         yield web
 

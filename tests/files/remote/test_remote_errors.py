@@ -13,7 +13,7 @@ import pytest
 
 import automodel_conv as amc
 from automodel_conv.errors import CheckpointError, ReadError
-from automodel_conv.files import choosing, remote
+from automodel_conv.files import choosing, located
 from tests.comparing import assert_same
 from tests.files.remote.support import TENSORS
 
@@ -75,9 +75,9 @@ def test_missing_index_is_named(url):
 
 def test_index_above_the_limit_is_refused_like_a_local_one(url, folder, monkeypatch):
     size = (folder / "model.safetensors.index.json").stat().st_size
-    monkeypatch.setattr(remote, "MAX_INDEX_BYTES", size)
+    monkeypatch.setattr(located, "MAX_INDEX_BYTES", size)
     assert_same(amc.load_state_dict(url, rules=[]), TENSORS)
-    for module in (remote, choosing):
+    for module in (located, choosing):
         monkeypatch.setattr(module, "MAX_INDEX_BYTES", size - 1)
     with pytest.raises(CheckpointError, match=r"where: +\S+://\S+/model.safetensors.index.json\n") as of_url:
         amc.open_checkpoint(url)
@@ -115,7 +115,7 @@ def test_file_that_vanishes_after_opening_is_an_error(web, folder):
     (folder / "model-00001-of-00002.safetensors").unlink()
     with pytest.raises(OSError, match="404"):
         checkpoint.sources[0].identity()
-    with pytest.raises(ReadError, match="FileNotFoundError"):
+    with pytest.raises(ReadError, match="404"):
         checkpoint.sources[0].open().read_into([memoryview(bytearray(8))], 0)
     assert checkpoint.sources[1].identity() == checkpoint.sources[1].identity()
 
@@ -134,7 +134,6 @@ def test_errors_show_the_status_and_no_credentials(web, status):
 
 
 def test_unreachable_server_is_an_error_without_credentials():
-    pytest.importorskip("aiohttp")
     with pytest.raises(CheckpointError, match=r"(?s)where: +http://127.0.0.1:1/m.*Connect") as error:
         amc.open_checkpoint("http://user:hidden@127.0.0.1:1/m?token=hidden")
     assert "hidden" not in str(error.value)
@@ -148,7 +147,6 @@ def test_unknown_protocol_is_named():
 @pytest.mark.parametrize(
     ("hidden", "url", "advice"),
     [
-        ("aiohttp", "https://host/folder", 'pip install "automodel-conv[http]"'),
         ("s3fs", "s3://bucket/folder", 'pip install "automodel-conv[s3]"'),
         ("gcsfs", "gs://bucket/folder", 'pip install "automodel-conv[gcs]"'),
         ("fsspec", "s3://bucket/folder", 'pip install "automodel-conv[s3]"'),

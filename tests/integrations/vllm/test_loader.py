@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from automodel_conv.errors import CheckpointError
+from tests import loopback_hub, loopback_web
 
 SOURCES = {
     "layer.q": torch.arange(6.0).reshape(2, 3),
@@ -55,12 +56,12 @@ def loader(vllm, **extra):
     return get_model_loader(LoadConfig("automodel_conv", extra))
 
 
-def load(vllm, directory, model, *, quantization=None, settings="", **extra):
+def load(vllm, directory, model, *, quantization=None, settings="", token=None, **extra):
     """Load a model as an engine does; return the loader."""
     from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
 
     made = loader(vllm, **extra)
-    config = ModelConfig(str(directory), quantization=quantization)
+    config = ModelConfig(str(directory), quantization=quantization, hf_token=token)
     with set_current_vllm_config(VllmConfig(config, made.load_config, settings)):
         made.load_weights(model, config)
     return made
@@ -241,6 +242,8 @@ def test_computed_parameters_are_told(vllm, tmp_path, caplog):
         ({"threads": True}, "True"),
         ({"huge_pages": 1}, "1"),
         ({"trace_cache": 5}, "5"),
+        ({"weights": 5}, "5"),
+        ({"storage_options": "anon"}, "str"),
         ("none", "str"),
     ],
 )
@@ -274,6 +277,41 @@ def test_missing_checkpoint_is_an_error_before_anything_is_written(vllm, tmp_pat
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         load(vllm, directory, model)
     assert bool((model.qk == -1).all())
+
+
+def test_weights_are_read_from_a_url_by_range(vllm, tmp_path):
+    save(tmp_path / "model")
+    (tmp_path / "config").mkdir()
+    with loopback_web.serve(tmp_path / "model", authorization="Bearer x") as web:
+        model = Model()
+        options = {"headers": {"Authorization": web.authorization}}
+        load(vllm, tmp_path / "config", model, weights=web.url, storage_options=options)
+    assert is_filled(model)
+    assert all(one.range for one in web.of(".safetensors"))
+
+
+def test_url_that_vllm_states_for_the_weights_is_read(vllm, tmp_path):
+    from vllm.config import ModelConfig
+
+    with loopback_web.serve(save(tmp_path / "model")) as web:
+        model = Model()
+        loader(vllm).load_weights(model, ModelConfig(str(tmp_path), model_weights=web.url))
+    assert is_filled(model)
+
+
+def test_repository_is_read_by_range_and_not_downloaded(vllm, tmp_path, monkeypatch):
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    first, second = save(tmp_path / "first", {"norm": SOURCES["norm"]}), tmp_path / "second"
+    save(second, {name: SOURCES[name] for name in ("layer.q", "layer.k")})
+    with loopback_hub.serve({"org/first": first, "org/second": second}, token="hidden") as hub:
+        loopback_hub.use(hub, tmp_path / "cache", monkeypatch)
+        model = Model()
+        model.secondary_weights = [DefaultModelLoader.Source("org/second", None, prefix="deep.")]
+        load(vllm, "org/first", model, token="hidden", trace_cache=None)
+    assert is_filled(model)
+    assert all(request.range for request in hub.requests_of(".safetensors"))
+    assert not [*(tmp_path / "cache").rglob("*.safetensors")]
 
 
 def test_weights_can_be_downloaded_and_reloaded(vllm, tmp_path):

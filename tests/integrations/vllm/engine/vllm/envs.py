@@ -1,6 +1,7 @@
 import os
 
 VLLM_CACHE_ROOT = "cache-of-vllm"
+VLLM_USE_MODELSCOPE = False
 
 
 def compile_factors():

@@ -7,6 +7,7 @@ class LoadConfig:
     load_format: str = "auto"
     model_loader_extra_config: object = field(default_factory=dict)
     use_tqdm_on_load: bool = False
+    download_dir: str | None = None
 
 
 @dataclass
@@ -15,6 +16,8 @@ class ModelConfig:
     revision: str | None = None
     quantization: str | None = None
     tokenizer: str = ""
+    model_weights: str = ""
+    hf_token: bool | str | None = None
 
 
 @dataclass
