@@ -5,7 +5,7 @@ import re
 import pytest
 
 from automodel_conv.upstream.registry import transformers_available
-from benchmarks import adapters, choices, mapping, measure, refit, vllm
+from benchmarks import adapters, choices, mapping, measure, refit, remote, vllm
 from benchmarks.peers import tables
 
 pytestmark = pytest.mark.skipif(not transformers_available(), reason="benchmarks build transformers models")
@@ -28,6 +28,7 @@ _REPOSITORY = re.compile("https://github.com/automodel-conv/automodel_conv/(?:bl
         ("docs/performance.md", vllm.markdown, "vllm-2-cores.json"),
         ("docs/performance.md", adapters.markdown, "adapters-2-cores.json"),
         ("docs/performance.md", refit.markdown, "refit-2-cores.json"),
+        ("docs/performance.md", remote.markdown, "remote-2-cores.json"),
     ],
 )
 def test_table_equals_its_data(page, make, data):
