@@ -15,6 +15,7 @@ SHOWN = ("text", "console", "toml", "yaml", "json", "dockerfile", "diff", "markd
 """Languages of blocks that are not run."""
 
 NEEDS_GPU = "<!-- needs a GPU -->"
+_NEEDS = re.compile(r".*<!-- needs (\w+) -->", re.DOTALL)
 _TITLE = re.compile(r"""\btitle=(["'])(.+?)\1""")
 # Content of admonitions and tabs, which Python-Markdown indents by four spaces.
 _CONTAINER = re.compile(r"( *)(?:!!!|\?\?\?\+?|===) ?\S")
@@ -30,6 +31,9 @@ class Block(NamedTuple):
     """File that the block is written to, instead of running it; or None."""
 
     needs_gpu: bool
+    needs_package: str | None
+    """Package without which the block is only compiled; or None."""
+
     expected: str | None
     """Expected output, or None if the page states none."""
 
@@ -63,13 +67,15 @@ def blocks_of(text: str, page: str) -> list[Block]:
 def _block(token: Token, before: Token | None, after: Token | None) -> Block:
     title = _TITLE.search(token.info) if _language(token) == "python" else None
     states_output = after is not None and after.type == "fence" and _language(after) == "text"
-    marked = before is not None and before.type == "html_block" and before.content.strip().endswith(NEEDS_GPU)
+    mark = before.content.strip() if before is not None and before.type == "html_block" else ""
+    package = _NEEDS.fullmatch(mark)
     return Block(
         language=_language(token),
         code=token.content,
         line=_line(token) + 1,
         title=title[2] if title else None,
-        needs_gpu=marked,
+        needs_gpu=mark.endswith(NEEDS_GPU),
+        needs_package=package[1] if package else None,
         expected=after.content if states_output and not title and after is not None else None,
     )
 

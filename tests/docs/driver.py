@@ -17,6 +17,7 @@ import tempfile
 import traceback
 import types
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ def run_block(block: Mapping[str, Any], page: str, names: dict[str, Any], has_gp
         return
     runnable = {"python": _compile_python, "bash": _compile_bash}[block["language"]](block, page, block["line"])
     if block["needs_gpu"] and not has_gpu:
+        return
+    if block["needs_package"] is not None and find_spec(block["needs_package"]) is None:
         return
     output = _output_of(runnable, names)
     if block["expected"] is not None and (difference := difference_of(block["expected"], output)):

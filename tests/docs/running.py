@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -29,6 +29,7 @@ def run_blocks(
     folder: Path,
     hub: Hub,
     *,
+    variables: Mapping[str, str] | None = None,
     has_gpu: bool = False,
     time_limit: float = TIME_LIMIT,
 ) -> subprocess.CompletedProcess[str]:
@@ -37,6 +38,7 @@ def run_blocks(
     Args:
         page: the page, whose path messages and tracebacks show.
         folder: directory for the files of the run. The blocks run in an empty folder inside it.
+        variables: environment variables for the blocks, in addition to those that direct them to the Hub.
         has_gpu: whether blocks that need a GPU run.
         time_limit: seconds after which the page and all processes that it has started are killed.
     """
@@ -48,7 +50,12 @@ def run_blocks(
     command = [sys.executable, str(DRIVER), str(job)]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(
-        command, cwd=work, env=_environment(hub, folder), text=True, start_new_session=True, **pipes
+        command,
+        cwd=work,
+        env={**_environment(hub, folder), **(variables or {})},
+        text=True,
+        start_new_session=True,
+        **pipes,
     )
     try:
         output, errors = process.communicate(timeout=time_limit)

@@ -24,8 +24,8 @@ def name(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_page_runs(page, hub, tmp_path):
-    done = run_blocks(read(page), page, tmp_path, hub)
+def test_page_runs(page, hub, stores, tmp_path):
+    done = run_blocks(read(page), page, tmp_path, hub, variables=stores)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
 
 

@@ -160,6 +160,17 @@ def test_block_for_a_gpu_runs_only_on_one(run, has_gpu, status):
     assert done.returncode == status, done.stderr
 
 
+@pytest.mark.parametrize(("package", "status"), [("no_such_package", 0), ("json", 1)])
+def test_block_for_a_package_runs_only_with_it(run, package, status):
+    done = run(f"A line.\n<!-- needs {package} -->\n~~~python\n1 / 0\n~~~\n")
+    assert done.returncode == status, done.stderr
+
+
+def test_variables_reach_the_blocks(run):
+    done = run("~~~bash\necho $BUCKET\n~~~\n~~~text\nmodels\n~~~\n", variables={"BUCKET": "models"})
+    assert done.returncode == 0, done.stderr
+
+
 def test_page_that_does_not_end_is_killed_with_its_processes(run):
     done = run("~~~bash\nsleep 1000 & echo $! > pid; wait\n~~~\n", time_limit=8)
     assert done.returncode != 0
