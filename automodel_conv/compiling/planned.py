@@ -125,8 +125,8 @@ def compile_plan(
     both, and refuses such a plan if rows end in padding.
 
     Args:
-        checkpoint: an opened checkpoint, or a path that ``open_checkpoint`` accepts. No weights of ``org/name`` are
-            downloaded.
+        checkpoint: an opened checkpoint, or a path that ``open_checkpoint`` accepts; only for a path do the options of
+            ``SourceOptions`` count. No weights are downloaded.
         model: any module, even on the meta device. torch may have wrapped it, whole or in parts (``torch.compile``,
             data parallelism, activation checkpointing); names are those of the model itself, without the additions of
             wrappers. A checkpoint of a wrapped model, with ``_orig_mod`` in its names or ``module`` at the start of all

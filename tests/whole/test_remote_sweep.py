@@ -113,13 +113,14 @@ def test_every_kind_of_storage_has_the_bytes_of_the_files(name, kind, tmp_path, 
     directory.mkdir()
     write_checkpoint(model, directory)
     local = amc.load_state_dict(directory)
+    layout = "nemo" if any(".experts." in name for name in local) else None
     with placed(kind, directory, monkeypatch, tmp_path / "cache") as place:
         assert_same_in_order(amc.load_state_dict(place.path, **place.options), local)
-        transposed = amc.load_state_dict(place.path, layout="nemo", threads=2, **place.options)
-        assert_same_in_order(transposed, amc.load_state_dict(directory, layout="nemo"))
-        amc.convert_checkpoint(place.path, tmp_path / "converted", layout="nemo", **place.options)
-        amc.verify_checkpoint(directory, tmp_path / "converted", layout="nemo")
-        amc.verify_checkpoint(place.path, tmp_path / "converted", layout="nemo", **place.options)
+        transposed = amc.load_state_dict(place.path, layout=layout, threads=2, **place.options)
+        assert_same_in_order(transposed, amc.load_state_dict(directory, layout=layout))
+        amc.convert_checkpoint(place.path, tmp_path / "converted", layout=layout, **place.options)
+        amc.verify_checkpoint(directory, tmp_path / "converted", layout=layout)
+        amc.verify_checkpoint(place.path, tmp_path / "converted", layout=layout, **place.options)
         with torch.device("meta"):
             other = type(model)._from_config(model.config)
         amc.load_model(other, place.path, strict=False, **place.options)
