@@ -30,11 +30,11 @@ RANGE_BYTES = 16 << 20
 """Length of the ranges of methods that do not choose it. With 8 MiB the roof was 5 % slower."""
 _PIECE_BYTES = 1 << 20
 GROUPED, TRANSPOSED, NAMED, FILES = "grouped", "transposed", "as named", "files"
-"""What a method ends with: the model's tensors, those of ``layout="nemo"``, the checkpoint's tensors, or its files."""
+"""The result of a method: the model's tensors, those of ``layout="nemo"``, the checkpoint's tensors, or its files."""
 
 
 class Place(NamedTuple):
-    """Where a checkpoint is."""
+    """The places of a checkpoint."""
 
     urls: Mapping[str, str]
     """Those of the servers."""

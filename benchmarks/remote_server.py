@@ -67,7 +67,7 @@ class Hub:
 
 @dataclass(frozen=True)
 class Counts:
-    """What servers have counted, as JSON."""
+    """The counts of the servers, as JSON."""
 
     servers: Mapping[str, Server]
 

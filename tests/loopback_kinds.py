@@ -24,7 +24,7 @@ REPOSITORY = "some-org/Some.Model"
 
 
 class Place(NamedTuple):
-    """Where a checkpoint is, as callers state it."""
+    """The path and the options by which callers name a checkpoint."""
 
     path: str
     options: SourceOptions

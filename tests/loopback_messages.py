@@ -20,7 +20,7 @@ class Asked:
     target: str
     """Path and query, as they were sent."""
     headers: Mapping[str, str]
-    """By names in lower case."""
+    """The headers by their names in lower case."""
     body: Body
     scheme: str = "http"
 

@@ -21,7 +21,7 @@ URL = "url"
 
 
 class Owned(NamedTuple):
-    """What one rank owns in one load, in bytes."""
+    """The bytes that one rank owns in one load."""
 
     kind: str
     user: str

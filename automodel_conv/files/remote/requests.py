@@ -34,7 +34,7 @@ _NO_RANGES = "the server ignores ranges and sends the whole file; download the f
 
 
 class Address(NamedTuple):
-    """Where the bytes of a file are, and the headers of each request for them."""
+    """The URL of a file, and the headers of each request for it."""
 
     url: str
     headers: dict[str, str]

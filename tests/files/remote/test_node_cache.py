@@ -101,7 +101,7 @@ def test_killed_process_does_not_stop_the_others(tmp_path, data, kept):
             time.sleep(0.01)
         os.kill(reader, signal.SIGKILL)
         assert checksums(process) == [zlib.crc32(data)] * 2
-    # What was on its way to the killed process is fetched again, and no more.
+    # Only bytes that were on their way to the killed process are fetched again.
     assert len(data) <= server.sent <= 1.8 * len(data)
 
 
