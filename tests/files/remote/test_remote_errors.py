@@ -14,8 +14,14 @@ import pytest
 import automodel_conv as amc
 from automodel_conv.errors import CheckpointError, ReadError
 from automodel_conv.files import choosing, located
+from automodel_conv.files.remote import requests
 from tests.comparing import assert_same
 from tests.files.remote.support import TENSORS
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr(requests, "FIRST_WAIT_SECONDS", 0.001)
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 410])
