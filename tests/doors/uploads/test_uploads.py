@@ -11,6 +11,8 @@ from itertools import pairwise
 import pytest
 import torch
 
+pytest.importorskip("transformers", reason="builds a transformers model")
+
 import automodel_conv as amc
 from automodel_conv.errors import DestinationError, VerificationError, WriteError
 from automodel_conv.execution import comparing
@@ -23,8 +25,6 @@ from tests.doors.adapters.support import default_adapter, published, write_base
 from tests.doors.converting.support import plain
 from tests.loopback_hub import serve, use
 from tests.stores import BUCKET, client_error, watch_calls
-
-pytest.importorskip("transformers", reason="builds a transformers model")
 
 SIZES = {"max_shard_size": "3KB"}
 _numbers = itertools.count()
