@@ -32,7 +32,7 @@ STEP = 256 << 10
 
 @dataclass(frozen=True)
 class Limits:
-    """What all connections of a server share."""
+    """The limits that all connections of a server share."""
 
     latency: float = 0
     """Seconds before each answer."""

@@ -1,8 +1,7 @@
 """Connections to web servers: kept open between requests, and shared by the threads of a process.
 
 The standard library sends the requests, because only its ``readinto`` receives a body straight into the memory where it
-stays. Sixteen connections over the loopback received 2.7 to 3.1 GB/s with 0.4 s of processor time for 1.2 GB; urllib3
-1.2 to 1.7 GB/s with 0.7 to 0.9 s, obstore 1.9 GB/s with 1.0 s and 200 MB of memory, aiohttp and httpx less than 1 GB/s.
+stays. ``python -m benchmarks.remote`` compares it with libraries that return bytes.
 """
 
 from __future__ import annotations

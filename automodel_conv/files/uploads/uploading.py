@@ -1,9 +1,9 @@
 """A folder of a store that becomes a checkpoint once all of its files are uploaded.
 
 Each file is written to a staging folder on this machine, uploaded and removed. A file is uploaded while the next one is
-written, so the disk holds two files at a time.
-Uploads become visible at the end: a loader sees either all files or no index (or no ``model.safetensors``). After a
-crash, the journal in the staging folder records which work was under way, and what the store has of it.
+written, so the disk holds two files at a time. Uploads become visible at the end: a loader sees either all files or no
+index (or no ``model.safetensors``). After a crash, the journal in the staging folder records which work was under way,
+and what the store has of it.
 """
 
 from __future__ import annotations
