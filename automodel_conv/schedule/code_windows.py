@@ -99,7 +99,8 @@ def code_windows(
     number = first
     window = _Window(number, limit)
     slabs_by_geometry: dict[tuple[object, ...], tuple[CodeSlab, ...]] = {}
-    for row in sorted(moves, key=lambda row: (checkpoint.file_ids[row], checkpoint.offsets[row])):
+    places = list(zip(checkpoint.file_ids, checkpoint.offsets, strict=True))
+    for row in sorted(moves, key=places.__getitem__):
         decode = decodes[row]
         geometry = geometry_of(row, decode, checkpoint)
         for dtype in {move.dtype: None for move in moves[row]}:
@@ -138,7 +139,7 @@ class _Window:
         self._limit = limit
         self._slabs: list[_PlacedSlab] = []
         self._by_kind: dict[ScaleKind, list[_PlacedSlab]] = {}
-        self._reads: list[Read] = []
+        self._reads: list[list[int]] = []  # file, offset in the file, bytes and place in the window of each read
 
     def has_room_for(self, slab: CodeSlab) -> bool:
         """Return whether a slab fits into the rest of the window; any slab fits into an empty one."""
@@ -165,12 +166,13 @@ class _Window:
             groups[kind], end = self._lay_out(kind, placed_slabs, end, checkpoint)
         seen: dict[ScaleKind, tuple[int, int]] = dict.fromkeys(groups, (0, 0))  # sources and scales
         codes_start, values_start = 0, end
+        value_bytes = {kind: itemsize(kind.value_dtype) for kind in groups}
         for slab, row, _, source_moves in self._slabs:
             for first, last in slab.codes:
                 self._read(checkpoint, row, first, last - first, codes_start + first - slab.first_byte)
             sources, scales = seen[slab.kind]
             seen[slab.kind] = sources + 1, scales + slab.scale_count
-            first_value = values_start // itemsize(slab.kind.value_dtype)
+            first_value = values_start // value_bytes[slab.kind]
             for rectangle, (target, target_offset, codes_bytes, scale, _) in slab.rectangles:
                 if rectangle.in_window:
                     target_offset += first_value
@@ -184,7 +186,8 @@ class _Window:
             for move in slab.moves:
                 moves.append(move.placed(source_moves[move.target], first_value))
             codes_start, values_start = codes_start + slab.codes_bytes, values_start + slab.values_bytes
-        return CodeWindow(self._reads, groups, rectangles, moves, values_start)
+        reads = [Read(file, offset, nbytes, self._number, start) for file, offset, nbytes, start in self._reads]
+        return CodeWindow(reads, groups, rectangles, moves, values_start)
 
     def _lay_out(
         self, kind: ScaleKind, placed_slabs: Sequence[_PlacedSlab], at: int, checkpoint: Checkpoint
@@ -231,9 +234,9 @@ class _Window:
         """Add a read of bytes of a tensor to a place in the window; lengthen the last read if this continues it."""
         file, offset_bytes = checkpoint.file_ids[row], checkpoint.offsets[row] + offset_bytes
         if self._reads:
-            last_file, last_offset, last_nbytes, _, last_start = self._reads[-1]
-            next_place = (last_file, last_offset + last_nbytes, last_start + last_nbytes)
-            if next_place == (file, offset_bytes, start_bytes):
-                self._reads[-1] = Read(file, last_offset, last_nbytes + nbytes, self._number, last_start)
+            last = self._reads[-1]
+            last_file, last_offset, last_nbytes, last_start = last
+            if (last_file, last_offset + last_nbytes, last_start + last_nbytes) == (file, offset_bytes, start_bytes):
+                last[2] += nbytes
                 return
-        self._reads.append(Read(file, offset_bytes, nbytes, self._number, start_bytes))
+        self._reads.append([file, offset_bytes, nbytes, start_bytes])

@@ -257,13 +257,13 @@ def calls_in_all_threads(work):
 def test_python_calls_for_each_mib_of_codes(tmp_path, name, experts):
     counts = []
     with mock.patch.object(launch, "queue"):
-        for number in experts:
+        for run, number in enumerate((experts[0], *experts)):  # the first load imports modules and fills caches
             layers = PUBLISHED[name]._replace(experts=number, layers=1)
-            (tmp_path / str(number)).mkdir()
-            checkpoint = write_sparse(tmp_path / str(number), layers)
+            (tmp_path / str(run)).mkdir()
+            checkpoint = write_sparse(tmp_path / str(run), layers)
             plan = plan_for(checkpoint, layers, True)
             buffers = allocate(plan.targets)
             load = lambda: load_to_device(plan, checkpoint, buffers, DirectDevice(), backend="triton", threads=2)  # noqa: B023, E731
             counts.append((calls_in_all_threads(load), layers.codes_bytes / MIB))
-    (few, few_mib), (many, many_mib) = counts
+    _, (few, few_mib), (many, many_mib) = counts
     assert (many - few) / (many_mib - few_mib) <= 40
