@@ -20,7 +20,8 @@ def test_examples_exist():
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs_and_prints_its_results(path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
+    folders = [str(ROOT), environment.get("PYTHONPATH"), str(ROOT / "tests" / "exit")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
     done = subprocess.run([sys.executable, path], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()

@@ -16,6 +16,7 @@ from tests.loopback_hub import Hub, environment
 
 ROOT = Path(__file__).parents[2]
 DRIVER = Path(__file__).with_name("driver.py")
+EXIT = ROOT / "tests" / "exit"
 # Far above the seconds of any page, even on a machine that does much else.
 TIME_LIMIT = 900.0
 # The default size of a terminal. Settings of this run are not those of a user.
@@ -78,7 +79,7 @@ def _environment(hub: Hub, folder: Path) -> dict[str, str]:
     variables = environment(hub, folder / "hub")
     paths = {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), variables["PATH"]]),
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), variables.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), variables.get("PYTHONPATH"), str(EXIT)])),
         "HF_HOME": str(folder / "hf"),
     }
     kept = {name: value for name, value in variables.items() if name not in _UNSET and not _of_pytest(name)}
