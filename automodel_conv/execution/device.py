@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from itertools import cycle
@@ -34,7 +34,7 @@ from automodel_conv.execution.protocols import Device, Event, Stream
 from automodel_conv.execution.reading import OpenFiles, read
 from automodel_conv.execution.stats import CopyCounts, LoadStats
 from automodel_conv.execution.window_copies import WindowCopies
-from automodel_conv.execution.workers import Stopped, raise_if_stopped
+from automodel_conv.execution.workers import Stopped, raise_if_stopped, wait_until_first_error
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.kernels.launch import compile_ahead, why_not
 from automodel_conv.kernels.variants import Variant
@@ -266,7 +266,7 @@ class _DeviceLoad:
                 self._compiled = pool.submit(self._compile)
                 futures.append(self._compiled)
             futures += [pool.submit(self._read, [slots.popleft() for _ in range(_SLOTS)]) for _ in range(threads)]
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            done = wait_until_first_error(futures)
             futures.sort(key=lambda future: future not in done)  # later errors may be of reads that are ended here
         for worker in futures:
             if not isinstance(worker.exception(), Stopped):

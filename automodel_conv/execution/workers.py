@@ -8,11 +8,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 Item = TypeVar("Item")
+
+_SECONDS_BETWEEN_SIGNALS = 0.5
 
 
 class Stopped(Exception):
@@ -135,6 +137,18 @@ def run_concurrently(tasks: Sequence[Callable[[], None]], stop: threading.Event)
     _ThreadGroup(len(tasks), stop).run(tasks)
 
 
+def wait_until_first_error(futures: Sequence[Future[Any]]) -> set[Future[Any]]:
+    """Wait until all futures are done or one has an error, and return those that are done.
+
+    Python runs the handler of a signal in the main thread. If another thread receives the signal, or the main thread
+    does just before it begins to wait, nothing ends the wait. Therefore the wait looks for signals twice a second.
+    """
+    while True:
+        done, running = wait(futures, _SECONDS_BETWEEN_SIGNALS, return_when=FIRST_EXCEPTION)
+        if not running or any(future.exception() for future in done):
+            return done
+
+
 class _ThreadGroup:
     """A group of threads that end together, each of which may start further ones; see ``run_concurrently``."""
 
@@ -158,7 +172,7 @@ class _ThreadGroup:
             known = 0
             while known < len(self._futures) and not self._errors:
                 known = len(self._futures)
-                wait(self._futures[:known], return_when=FIRST_EXCEPTION)
+                wait_until_first_error(self._futures[:known])
         finally:
             # The pool may miss a thread if a signal interrupted its start, so wait for the threads themselves.
             self._stop.set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 import types
@@ -98,18 +99,19 @@ def test_thread_waiting_for_a_window_ends_when_another_fails(cases, calls, monke
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_failing_read_is_raised_when_a_thread_is_stopped_and_the_device_fails(cases, calls, monkeypatch, reverse):
-    notes, settle, wait = [], streaming._DeviceLoad._synchronize, streaming.wait
+    notes, settle, wait = [], streaming._DeviceLoad._synchronize, streaming.wait_until_first_error
 
     def fail_at_the_end(load, stream):
         settle(load, stream)
         raise DeviceFault("at the end")
 
-    def wait_for(futures, **options):
-        wait(futures, **options)
+    def wait_for(futures):
+        done = wait(futures)
         if reverse:  # either thread may fail
             futures.reverse()
+        return done
 
-    monkeypatch.setattr(streaming, "wait", wait_for)
+    monkeypatch.setattr(streaming, "wait_until_first_error", wait_for)
     monkeypatch.setattr(streaming._DeviceLoad, "_synchronize", fail_at_the_end)
     monkeypatch.setattr(streaming, "add_note", lambda error, text: notes.append((type(error), text)))
     fail_while_another_thread_waits(streaming, cases[2], calls, monkeypatch)
@@ -146,7 +148,7 @@ def interrupt(module, case, calls, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "wait", interrupted)
+    monkeypatch.setattr(module, "wait_until_first_error", interrupted)
     calls.reads, calls.delay = 0, lambda number: time.sleep(0.02)
     device = SimulatedDevice(eagerness=0)
     with pytest.raises(KeyboardInterrupt):
@@ -157,6 +159,22 @@ def interrupt(module, case, calls, monkeypatch):
 
 def test_ctrl_c_releases_everything(cases, calls, monkeypatch):
     interrupt(streaming, cases[1], calls, monkeypatch)
+
+
+def test_signal_that_a_reader_receives_ends_the_load(cases, calls):
+    def signalled(number):
+        if number == 2:
+            time.sleep(0.2)  # until the main thread waits
+            signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+        if number >= 2:
+            time.sleep(1)
+
+    calls.reads, calls.delay = 0, signalled
+    device = SimulatedDevice(eagerness=0)
+    with pytest.raises(KeyboardInterrupt):
+        load(cases[1], device, threads=2)
+    assert calls.reads <= 4
+    assert_released(device, calls)
 
 
 def test_readers_that_continue_after_ctrl_c_are_detected(cases, calls, monkeypatch):

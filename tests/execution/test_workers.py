@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 import threading
 import time
 import weakref
@@ -29,6 +30,20 @@ def test_items_are_handed_out_until_a_stop(threads):
         run_in_threads(range(100), threads, lambda: take, stop)
     assert set(range(6)) <= set(taken)
     assert len(taken) <= 6 + threads
+
+
+def test_signal_that_another_thread_receives_ends_all_threads():
+    stop = threading.Event()
+    begun = time.monotonic()
+
+    def receive():
+        time.sleep(0.2)  # until the main thread waits
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+        stop.wait(30)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_concurrently([receive, lambda: stop.wait(30)], stop)
+    assert time.monotonic() - begun < 15
 
 
 @pytest.mark.parametrize("threads", [1, 3])
