@@ -167,7 +167,7 @@ def _follow(connections: Connections, address: Address, headers: dict[str, str])
             own["Authorization"] = basic(parts.username, parts.password or "")
         try:
             answer = connections.send("GET", parts, own | headers)
-        except OSError:
+        except OSError:  # that of a certificate is a ValueError too
             raise
         except ValueError:  # its text may be that of a header, with credentials
             text = "a header of the request, such as a token, has a line break or other letters than latin-1"

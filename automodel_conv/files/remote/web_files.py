@@ -35,6 +35,10 @@ _RENEWABLE = (400, 401, 403)
 _REFUSED = "the server refuses access; if the URL is signed, its signature has expired or is not valid"
 
 
+class _FileChanged(WebError):
+    """An answer of another version of a file than the one that was opened."""
+
+
 class WebFile:
     """A file on a web server.
 
@@ -141,7 +145,7 @@ class WebFile:
             before = self._version
         if pinned and before is not None and before.differs_from(body.version):
             self.connections.finish(body.answer)
-            raise WebError(
+            raise _FileChanged(
                 f"the file has changed since it was opened: {_version_text(before)}, now {_version_text(body.version)}"
             )
         return body
@@ -378,6 +382,6 @@ def _advice(error: OSError) -> str:
     status = getattr(error, "status", 0)
     if status in _RENEWABLE:
         return "check the access rights; if the URL is signed, ask for a new one"
-    if "has changed" in str(error):
+    if isinstance(error, _FileChanged):
         return "load again, when nothing writes to the file any more"
     return "check the URL, the network and the server, then load again"
