@@ -13,7 +13,7 @@ import os
 import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
@@ -27,6 +27,8 @@ from automodel_conv.files.source import ByteSource
 from automodel_conv.files.staging import JOURNAL_NAME, LOCK_NAME, STAGING_NAME, locked, remove_all, remove_staging
 from automodel_conv.files.uploads.upload_journal import Record, Upload, UploadState, upload_state
 from automodel_conv.files.write_errors import write_errors
+
+_SECONDS_BETWEEN_SIGNALS = 0.5
 
 
 class Store(Protocol):
@@ -169,9 +171,12 @@ class Uploading(Destination):
         if self._pending is None:
             return
         (shard, future), self._pending = self._pending, None
+        while not wait([future], _SECONDS_BETWEEN_SIGNALS).done:
+            pass  # a signal that another thread receives ends no wait: the main thread looks for signals now and then
         is_obsolete = future.result()
         self._record({"uploaded": shard.name})
         self._finished.add(shard.name)
+        self.on_upload(shard.nbytes)
         if is_obsolete:
             with write_errors(self.directory):
                 system.remove(self.path(shard.name))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -400,6 +402,24 @@ def test_interrupt_does_not_wait_for_the_upload(server, folder, name, monkeypatc
         write(place, plan)
         place.commit(b"index")
     assert server.files(name) == {INDEX: b"index"} | {shard.name: content(shard) for shard in plan}
+
+
+def test_signal_that_another_thread_receives_does_not_wait_for_the_upload(folder, monkeypatch):
+    plan, sent = shards(), []
+    monkeypatch.setattr(s3_store, "PART_BYTES", 10)
+
+    def slow(number, method):
+        if method == "upload_part":
+            sent.append(number)
+            time.sleep(0.05)
+            if number == sent[0] + 20:  # the main thread waits by now
+                signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+    watch_calls(monkeypatch, slow)
+    with pytest.raises(KeyboardInterrupt), folder.open(plan, WORK) as place:
+        write(place, plan[:2])
+    assert len(sent) < 100 < len(s3_store.parts_of(plan[0].nbytes))
+    assert workers() == []
 
 
 def test_error_of_an_upload_in_the_background_ends_the_work(folder, monkeypatch):
