@@ -126,7 +126,7 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 
 demo: $(DEMO)/installed
-	@$(DEMO)/bin/automodel-conv demo
+	@$(DEMO)/bin/automodel-conv demo --html $(DEMO)/plan.html
 
 # Cheapest first. test-packaging, a part of test, installs the wheel and the source distribution and tries them.
 release-check: release-tree release-notes release-audit test release-distributions

@@ -1,9 +1,10 @@
 """Mixture-of-Experts checkpoints between the Hugging Face per-expert format and the grouped buffers models run on.
 
-Importing this package imports nothing else. Each public name is imported on first use, and transformers and triton are
-imported when a call needs them.
+Importing this package imports only modules of Python. Each public name is imported on first use, and transformers and
+triton are imported when a call needs them.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,9 @@ if TYPE_CHECKING:
     from automodel_conv.tracing import load_with, trace_loader
     from automodel_conv.verifying import verify_checkpoint
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # without a handler of the caller nothing is printed
 
 _DEFINED_IN = {
     "automodel_conv.adapters": ("AdapterReport", "convert_adapter", "merge_adapter"),
@@ -161,4 +164,6 @@ if not TYPE_CHECKING:  # type checkers use the imports above, and report unknown
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__} - {"TYPE_CHECKING", "import_module", "_DEFINED_IN", "annotations"})
+        return sorted(
+            {*globals(), *__all__} - {"TYPE_CHECKING", "import_module", "logging", "_DEFINED_IN", "annotations"}
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from typing_extensions import Unpack
 
 from automodel_conv.compiling.options import AdapterArgument
 from automodel_conv.doors import door, keyword_options
-from automodel_conv.execution.report_text import Row, count_row, text_of
+from automodel_conv.errors import count_of, size_text
+from automodel_conv.execution.report_text import Report, Row, count_row
 from automodel_conv.files.checkpoint import open_checkpoint
 from automodel_conv.files.source_options import SourceOptions, SourceSettings
 from automodel_conv.files.uploads.folder_by_path import folder_of
@@ -22,10 +24,13 @@ from automodel_conv.lora.merging import open_adapters
 from automodel_conv.lora.writing import write_reformed
 from automodel_conv.publishing.conversion_files import Writing, convert
 from automodel_conv.publishing.convert_report import ConvertReport
+from automodel_conv.types import AdapterForm, LayoutInFiles
+
+_LOG = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class AdapterReport:
+@dataclass(frozen=True, repr=False)
+class AdapterReport(Report):
     """The outcome of ``convert_adapter``; ``print`` shows it.
 
     Attributes:
@@ -62,18 +67,16 @@ class AdapterReport:
     files_copied: tuple[str, ...]
     seconds: float
 
-    def __str__(self) -> str:
-        return text_of(
-            [
-                Row("files", str(len(self.files))),
-                Row("seconds", f"{self.seconds:.3f}"),
-                count_row("modules", self.modules),
-                count_row("zero in a stack", self.zeros),
-                count_row("left out, as they are zero", self.left_out),
-                count_row("with all ranks of a stack", self.shared),
-                Row("other files copied", f"{len(self.files_copied)} files"),
-            ]
-        )
+    def _rows(self) -> list[Row]:
+        return [
+            Row("files", str(len(self.files))),
+            Row("seconds", f"{self.seconds:.3f}"),
+            count_row("modules", self.modules),
+            count_row("zero in a stack", self.zeros),
+            count_row("left out, as they are zero", self.left_out),
+            count_row("with all ranks of a stack", self.shared),
+            Row("other files copied", count_of(len(self.files_copied), "file")),
+        ]
 
 
 @door("converting")
@@ -83,7 +86,7 @@ def convert_adapter(
     destination: str | os.PathLike[str],
     *,
     base: str | os.PathLike[str],
-    layout: str,
+    layout: AdapterForm,
     progress: bool = False,
     **options: Unpack[SourceOptions],
 ) -> AdapterReport:
@@ -164,7 +167,7 @@ def convert_adapter(
     adapter = open_adapter(source, settings=settings.shared(source), companions=True)
     model = base_of(open_checkpoint(base, **settings.further(base).source()), dequantize=True)
     shard, reformed, copied = write_reformed(adapter, model, folder, form, progress)
-    return AdapterReport(
+    report = AdapterReport(
         files=(shard.name,),
         modules=tuple(module.name for module in reformed.modules),
         zeros=tuple(f"{module.weight}[{matrix}]" for module in reformed.modules for matrix in module.untrained()),
@@ -174,6 +177,9 @@ def convert_adapter(
         files_copied=copied,
         seconds=time.perf_counter() - began,
     )
+    size = size_text(report.bytes_written)
+    _LOG.info("converted the adapter %s to %s: %s in %.3f s", adapter.path, folder.name, size, report.seconds)
+    return report
 
 
 @door("merging")
@@ -183,8 +189,8 @@ def merge_adapter(
     adapter: AdapterArgument,
     destination: str | os.PathLike[str],
     *,
-    layout: str | None = None,
-    dtype: torch.dtype | None = None,
+    layout: LayoutInFiles | None = None,
+    dtype: torch.dtype | str | None = None,
     dequantize: bool = False,
     max_shard_size: int | str = "5GB",
     resume: bool = True,
@@ -210,8 +216,8 @@ def merge_adapter(
             path and a weight: the adapters' products are multiplied by their weights and added up.
         destination: path of a directory that is new, or has no weights in it; or a URL, see ``convert_checkpoint``.
         layout: see ``convert_checkpoint``. None: the names and the layout of the base.
-        dtype: dtype of all floating-point tensors; see ``convert_checkpoint``. Weights are cast to it before the sum,
-            which is rounded to it again. None: the dtypes that they have.
+        dtype: dtype of all floating-point tensors, or "auto"; see ``convert_checkpoint``. Weights are cast to it before
+            the sum, which is rounded to it again. None: the dtypes that they have.
         dequantize: decode quantized weights before the sum; see ``convert_checkpoint``. False: it is an error if the
             adapter changes one.
         max_shard_size, resume, verify, checksums, threads, progress: see ``convert_checkpoint``.

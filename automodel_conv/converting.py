@@ -15,6 +15,8 @@ from automodel_conv.files.source_options import SourceOptions, SourceSettings
 from automodel_conv.files.uploads.folder_by_path import folder_of
 from automodel_conv.publishing.conversion_files import Writing, convert
 from automodel_conv.publishing.convert_report import ConvertReport
+from automodel_conv.types import LayoutInFiles
+from automodel_conv.upstream.given_rules import given_rules
 
 
 @door("converting")
@@ -24,9 +26,9 @@ def convert_checkpoint(
     destination: str | os.PathLike[str],
     *,
     rules: Iterable[Any] | None = None,
-    layout: str | None = None,
-    source_layout: str | None = None,
-    dtype: torch.dtype | None = None,
+    layout: LayoutInFiles | None = None,
+    source_layout: LayoutInFiles | None = None,
+    dtype: torch.dtype | str | None = None,
     dequantize: bool = False,
     drop: str | Iterable[str] = (),
     max_shard_size: int | str = "5GB",
@@ -70,8 +72,9 @@ def convert_checkpoint(
             published. None: the layout that the files state (those written by this package do), or else the model's. It
             is an error if the model's shapes contradict that layout or do not determine it. With ``rules=[]`` and no
             ``layout``, experts are converted to "transformers".
-        dtype: dtype of all floating-point tensors, except those that a transformers model keeps in float32. Codes that
-            are kept, and their scales, are not cast. None: the dtypes that they have.
+        dtype: dtype of all floating-point tensors, except those that a transformers model keeps in float32: a dtype of
+            torch, its name ("bfloat16"), or "auto", the dtype that ``config.json`` states, or else that of the first
+            floating-point tensor. Codes that are kept, and their scales, are not cast. None: the dtypes that they have.
         dequantize: decode the tensors that ``quantization_config`` in ``config.json`` describes as quantized, to
             ``dtype`` or the dtype that the config states, and leave that setting out of the new ``config.json``.
             False: keep codes and scales byte for byte. FP8 codes and their scales are then grouped and arranged like
@@ -128,7 +131,7 @@ def convert_checkpoint(
         folder_of(destination, settings),
         settings,
         {
-            "rules": None if rules is None else list(rules),
+            "rules": given_rules(rules),
             "layout": layout,
             "source_layout": source_layout,
             "dtype": dtype,

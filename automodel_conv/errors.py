@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 DOCUMENTATION = "https://automodel-conv.github.io/automodel_conv/"
 """Address of the documentation; pyproject.toml has it too."""
@@ -29,10 +30,27 @@ _LIKE = 3  # listed items of those that differ only in their numbers
 # An argument, maybe with its value, or the call of another function.
 _IN_BRACES = re.compile(r"\{(\w[^{}]*)\}")
 
+_UNITS = ("kB", "MB", "GB", "TB", "PB", "EB")
+
 Words = Callable[[str], str | None]
 """A function that spells the text in braces as the caller would write it, or returns None if it does not apply."""
 Advice = str | tuple[str, ...]
 """One piece of advice. A tuple holds alternative wordings; the first that applies is used."""
+
+
+class Parts(NamedTuple):
+    """The parts of an error text that are not advice."""
+
+    what: str
+    """What went wrong; several lines if an error is reported with the one that caused it."""
+    where: str | None = None
+    """File, tensor or rule."""
+    expected: str | None = None
+    """The value or state that was expected."""
+    found: str | None = None
+    """The value or state that was found instead."""
+    notes: tuple[str, ...] = ()
+    """Texts that were added where the error passed."""
 
 
 class Message(str):
@@ -42,23 +60,29 @@ class Message(str):
     """The text without the advice."""
     do: tuple[Advice, ...]
     """The advice that applies, with its braces."""
+    advice: tuple[str, ...]
+    """The advice as it is spelled."""
+    parts: Parts
+    """The parts of ``what``."""
 
-    def __new__(cls, what: str, do: Sequence[Advice] = (), words: Words = str) -> Message:
+    def __new__(
+        cls, what: str, do: Sequence[Advice] = (), words: Words = str, *, parts: Parts | None = None
+    ) -> Message:
         """Build the text with the advice that applies.
 
         Args:
             what: the text without the advice. If it quotes printed errors, their last lines are left out.
             do: all advice.
             words: spells the text in braces. By default all advice applies as it is written.
+            parts: the parts of ``what``. None: it has no parts.
         """
         what = _HELP_LINE.sub("", what)
         wordings = [tuple(text for text in _wordings(advice) if _spelled(text, words)) for advice in do]
         kept = tuple(filter(None, wordings))
-        lines = [what]
-        if kept:
-            lines.append(f"  do:       {'; '.join(_spelled(first, words) or '' for first, *_ in kept)}")
-        text = super().__new__(cls, "\n".join(lines))
-        text.what, text.do = what, kept
+        spelled = tuple(_spelled(first, words) or "" for first, *_ in kept)
+        text = super().__new__(cls, "\n".join([what, *([f"  do:       {'; '.join(spelled)}"] if spelled else [])]))
+        text.what, text.do, text.advice = what, kept, spelled
+        text.parts = Parts(what) if parts is None else parts
         return text
 
 
@@ -96,20 +120,17 @@ class ConversionError(ValueError):
 
     def __str__(self) -> str:
         # Not ``super().__str__()``: that of KeyError, a base of UnknownTarget, quotes the text.
-        return f"{Exception.__str__(self)}\n  help:     {_ENTRIES}{self._documented_class().__name__.lower()}"
-
-    @classmethod
-    def _documented_class(cls) -> type:
-        """Return the class of this module that a class is or is derived from; the documentation has an entry for it."""
-        return next(base for base in cls.__mro__ if base.__module__ == __name__)
+        return f"{Exception.__str__(self)}\n  help:     {address_of(self)}"
 
     def say(self, words: Words) -> None:
         """Keep only the advice that the caller can follow, with arguments spelled by ``words``."""
-        self._set_message(Message(self._message.what, self._message.do, words))
+        self._set_message(Message(self._message.what, self._message.do, words, parts=self._message.parts))
 
     def add(self, text: str) -> None:
         """Add lines before the advice."""
-        self._set_message(Message(f"{self._message.what}\n{text}", self._message.do))
+        parts = self._message.parts
+        parts = parts._replace(notes=(*parts.notes, text))
+        self._set_message(Message(f"{self._message.what}\n{text}", self._message.do, parts=parts))
 
     def _set_message(self, text: Message) -> None:
         self._message = text
@@ -118,6 +139,21 @@ class ConversionError(ValueError):
     def reason(self) -> str:
         """Return the text for the caller of another function, with only the advice that names no argument."""
         return printable(Message(self._message.what, self._message.do, lambda argument: None))
+
+
+def message_of(error: ConversionError) -> Message:
+    """Return the text of an error with its parts, whole: lines are not cut, and no character is escaped."""
+    return error._message
+
+
+def class_name_of(error: ConversionError) -> str:
+    """Return the name of the class of this module that an error is of; the documentation has an entry for each."""
+    return next(base.__name__ for base in type(error).__mro__ if base.__module__ == __name__)
+
+
+def address_of(error: ConversionError) -> str:
+    """Return the address of the class of an error in the documentation."""
+    return f"{_ENTRIES}{class_name_of(error).lower()}"
 
 
 def printable(text: str) -> str:
@@ -354,9 +390,12 @@ def message(
             that was called. The advice is left out if the function has no such argument, or if the argument has that
             value already.
     """
-    parts = {"where": where, "expected": expected, "found": found}
-    lines = [what, *(_labelled(label, str(part)) for label, part in parts.items() if part is not None)]
-    return Message("\n".join(lines), [] if do is None else [do] if isinstance(do, str) else list(do))
+    labelled = {"where": where, "expected": expected, "found": found}
+    texts = {label: str(part) for label, part in labelled.items() if part is not None}
+    lines = [what, *(_labelled(label, text) for label, text in texts.items())]
+    parts = Parts(what, texts.get("where"), texts.get("expected"), texts.get("found"))
+    advice = [] if do is None else [do] if isinstance(do, str) else list(do)
+    return Message("\n".join(lines), advice, parts=parts)
 
 
 def _labelled(label: str, text: str) -> str:
@@ -366,7 +405,9 @@ def _labelled(label: str, text: str) -> str:
 
 def in_context(context: str, error: ConversionError) -> Message:
     """Return the text of an error below lines that describe where it happened; its advice stays last."""
-    return Message(f"{context}\n{error._message.what}", error._message.do)
+    inner = error._message.parts
+    parts = inner._replace(what=f"{context}\n{inner.what}")
+    return Message(f"{context}\n{error._message.what}", error._message.do, parts=parts)
 
 
 def listing(items: Iterable[object], limit: int = 20) -> str:
@@ -404,6 +445,26 @@ def kind_of(thing: object) -> str:
 
 def size_text(nbytes: int) -> str:
     """Return a size in the unit that fits, such as "5.3 MB" for 5,300,000 bytes."""
-    from rich.filesize import decimal  # a load that prints nothing also runs where rich is missing
+    return _in_units(nbytes, 1)
 
-    return decimal(nbytes)
+
+def rate_text(gb_per_s: float) -> str:
+    """Return a speed in the unit that fits, such as "52.30 MB/s" for 0.0523 GB/s.
+
+    Args:
+        gb_per_s: the speed in 10^9 bytes per second.
+    """
+    return f"{_in_units(round(gb_per_s * 1e9), 2)}/s"
+
+
+def count_of(number: int, noun: str) -> str:
+    """Return a number with its noun: "1 file", "2 files"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _in_units(nbytes: int, digits: int) -> str:
+    """Return a number of bytes in units of powers of 1000, with this number of digits after the point."""
+    if nbytes < 1000:
+        return count_of(nbytes, "byte")
+    power = min(next(power for power in range(1, 99) if nbytes < 1000 ** (power + 1)), len(_UNITS))
+    return f"{nbytes / 1000**power:,.{digits}f} {_UNITS[power - 1]}"

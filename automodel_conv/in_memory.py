@@ -25,18 +25,20 @@ from automodel_conv.execution.copy_batch import uses_kernels
 from automodel_conv.execution.cores import cores
 from automodel_conv.execution.memory import convert_tensors, is_unchanged
 from automodel_conv.execution.new_memory import NewMemory
-from automodel_conv.execution.report_text import count_row, text_of
+from automodel_conv.execution.report import tensors_text
+from automodel_conv.execution.report_text import Report, Row, count_row
 from automodel_conv.files.checkpoint import open_checkpoint
 from automodel_conv.files.source_options import SourceOptions, SourceSettings
 from automodel_conv.planning.kept_codes import refuse_codes_without_scales
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.publishing.saved import not_saved
+from automodel_conv.types import Backend, LayoutInFiles, LayoutName
 from automodel_conv.upstream.models import state_table, tied_names
 from automodel_conv.upstream.wrappers import plain_model
 
 
-@dataclass(frozen=True)
-class StateDictReport:
+@dataclass(frozen=True, repr=False)
+class StateDictReport(Report):
     """The outcome of a conversion in memory."""
 
     left_out: tuple[str, ...]
@@ -44,8 +46,8 @@ class StateDictReport:
     carried: tuple[str, ...] = ()
     """Always empty: a conversion in memory leaves out the tensors that a model or rules have no place for."""
 
-    def __str__(self) -> str:
-        return text_of([count_row("left out", self.left_out)])
+    def _rows(self) -> list[Row]:
+        return [count_row("left out", self.left_out)]
 
 
 class ConvertedStateDict(dict[str, Tensor]):
@@ -54,6 +56,9 @@ class ConvertedStateDict(dict[str, Tensor]):
     report: StateDictReport
     """The outcome of the conversion that returned this dict."""
 
+    def __repr__(self) -> str:
+        return tensors_text(self)
+
 
 @door("converting")
 def convert_state_dict(
@@ -61,10 +66,10 @@ def convert_state_dict(
     model: nn.Module | None = None,
     *,
     rules: Iterable[Any] | None = None,
-    layout: str | None = None,
-    source_layout: str | None = None,
+    layout: LayoutName | None = None,
+    source_layout: LayoutInFiles | None = None,
     out: Mapping[str, Tensor] | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> ConvertedStateDict:
     """Convert tensors with checkpoint names to tensors with model names, grouped experts included.
 
@@ -126,10 +131,10 @@ def revert_state_dict(
     model: nn.Module | None = None,
     *,
     rules: Iterable[Any] | None = None,
-    layout: str | None = None,
+    layout: LayoutName | None = None,
     reference: str | os.PathLike[str] | None = None,
     out: Mapping[str, Tensor] | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
     **options: Unpack[SourceOptions],
 ) -> ConvertedStateDict:
     """Convert tensors with model names back to tensors with checkpoint names, one tensor for each expert.

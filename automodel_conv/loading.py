@@ -26,6 +26,7 @@ from automodel_conv.execution.checksums import verify_checksums
 from automodel_conv.execution.filling import fill, limits_in_budget
 from automodel_conv.execution.mapping import map_targets, mapped_or_new, without_targets
 from automodel_conv.execution.report import Clock, LoadedStateDict, LoadReport, report_of
+from automodel_conv.execution.timeline import MAP, MERGE, RANKS, SEND
 from automodel_conv.lora.merging import merge_of_load
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.upstream.wrappers import plain_model
@@ -108,10 +109,14 @@ def load_state_dict(
         own_plan = plan.shard(regions_of(state, plan))
         merge = merge_of_load(checkpoint, plan, own_plan, model, settings)
         if settings.verify:
-            verify_checksums(checkpoint, settings.reader_threads)
+            clock.lap("plan")
+            verify_checksums(checkpoint, settings.reader_threads, settings.progress)
+            clock.lap("verify")
         devices = devices_of_new(own_plan.targets, state, device_of)
         read_plan, shared_names = targets_to_read(own_plan, state, settings.broadcast, nodes)
+        clock.lap("plan")
         mapped = map_targets(read_plan, checkpoint, devices) if settings.memory_map else {}
+        clock.lap("plan", MAP)
         buffers = mapped_or_new(own_plan.targets, mapped, devices)
         clock.lap("plan")
         extra_bytes = 0 if merge is None else merge_bytes(merge.factors, settings.reader_threads)
@@ -119,11 +124,13 @@ def load_state_dict(
         limits = limits_in_budget(settings.memory_budget, settings.limits, to_fill, buffers, extra_bytes)
         stats = fill(without_targets(read_plan, mapped), checkpoint, buffers, limits, progress=settings.progress)
         clock.lap("read")
+    clock.lap(None, RANKS)
     send_shared([state[name] for name in shared_names], [buffers[name] for name in shared_names], nodes)
+    clock.lap(None, SEND)
     if merge is not None:
         with all_or_raise(groups, "merging the adapter"):
             add_to_tensors(buffers, *merge, settings.reader_threads)
-            clock.lap("read")
+        clock.lap("read", MERGE)
     with all_or_raise(groups, "comparing tied tensors"):
         unequal_here = unequal_ties(buffers, plan.tied)
     unequal = union_over_ranks(groups, unequal_here, "comparing tied tensors")
@@ -206,12 +213,17 @@ def load_model(model: nn.Module, path: str | os.PathLike[str], **options: Unpack
             device_map.check(names, state, model, strict=settings.strict)
             device_map.check_in_place(state)
         if settings.verify:
-            verify_checksums(checkpoint, settings.reader_threads)
+            clock.lap("plan")
+            verify_checksums(checkpoint, settings.reader_threads, settings.progress)
+            clock.lap("verify")
         was_meta = any(tensor.is_meta for tensor in state.values() if isinstance(tensor, Tensor))
 
         def map_new(new_plan: CopyPlan, devices: Mapping[str, torch.device]) -> dict[str, Tensor]:
             read_plan, _ = targets_to_read(new_plan, state, settings.broadcast, nodes)
-            return map_targets(read_plan, checkpoint, devices) if settings.memory_map else {}
+            clock.lap("plan")
+            new = map_targets(read_plan, checkpoint, devices) if settings.memory_map else {}
+            clock.lap("plan", MAP)
+            return new
 
         model_tensors = ModelTensors.prepare(model, state, plan, settings.strict, device_of, map_new)
         merge = merge_of_load(checkpoint, plan, model_tensors.plan, model, settings)
@@ -230,11 +242,13 @@ def load_model(model: nn.Module, path: str | os.PathLike[str], **options: Unpack
             progress=settings.progress,
         )
         clock.lap("read")
+    clock.lap(None, RANKS)
     send_shared([state[name] for name in shared_names], [model_tensors.buffers[name] for name in shared_names], nodes)
+    clock.lap(None, SEND)
     if merge is not None:
         with all_or_raise(groups, "merging the adapter"):
             add_to_tensors(model_tensors.buffers, *merge, settings.reader_threads)
-            clock.lap("read")
+        clock.lap("read", MERGE)
     with all_or_raise(groups, "comparing tied tensors"):
         unequal_here = model_tensors.unequal()
     unequal = union_over_ranks(groups, unequal_here, "comparing tied tensors")

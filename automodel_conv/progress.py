@@ -1,11 +1,12 @@
-"""A progress bar in bytes, off by default."""
+"""Progress bars in bytes, off by default: one for a load, and one for each phase of a save or a conversion."""
 
 from __future__ import annotations
 
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,12 +21,31 @@ class SharedBar:
         self._bar = bar
         self._note = note
         self._lock = threading.Lock()
+        self._paused = 0.0
 
     def add(self, nbytes: int) -> None:
         """Add the size of a task to the total."""
         with self._lock:
-            self._bar.total += nbytes
+            done, start = self._bar.n, self._bar.start_t
+            self._bar.reset(self._bar.total + nbytes)  # the widget of a notebook takes a new total in no other way
+            self._bar.n, self._bar.start_t = done, start
+
+    def pause(self) -> None:
+        """Stop the clock of the bar until ``resume``, as its speed does not include other phases."""
+        self._paused = time.time()
+
+    def resume(self) -> None:
+        """Show the bar again, and let its clock continue."""
+        with self._lock:
+            seconds = time.time() - self._paused
+            self._bar.start_t += seconds  # tqdm's times of its start and of its last line
+            self._bar.last_print_t += seconds
             self._bar.refresh()
+
+    def close(self) -> None:
+        """End the bar; its line stays."""
+        with self._lock:
+            self._bar.close()
 
     def advance(self, nbytes: int) -> None:
         """Advance the bar by bytes that are done."""
@@ -41,7 +61,8 @@ def shared_progress(
 ) -> Iterator[SharedBar | bool]:
     """Yield a bar that several tasks accept as their ``progress``, or False if not enabled.
 
-    The bar is tqdm's, with GB and GB/s on standard error. tqdm is imported only if the bar is enabled.
+    The bar is tqdm's, with GB and GB/s: text on standard error, or a widget in a notebook. tqdm is imported only if the
+    bar is enabled.
 
     Args:
         description: label of the bar.
@@ -51,21 +72,34 @@ def shared_progress(
     if not enabled:
         yield False
         return
-    from tqdm import tqdm
-
-    columns, rows = (_COLUMNS, _ROWS) if _has_no_size(sys.stderr) else (None, None)
-    with tqdm(
-        total=0, desc=description, unit="B", unit_scale=True, unit_divisor=1000, ncols=columns, nrows=rows
-    ) as bar:
+    with _new_bar(description, 0) as bar:
         yield SharedBar(bar, note)
 
 
-def _has_no_size(stream: Any) -> bool:
-    """Return whether a stream is a terminal that reports 0 columns."""
+def _new_bar(description: str, total: int) -> Any:
+    """Return a bar of tqdm at the current line, with a size in bytes."""
+    from tqdm.auto import tqdm  # a widget in a notebook that can show one, else text
+
+    columns, rows = _size_of(sys.stderr)
+    return tqdm(
+        total=total,
+        desc=description,
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1000,
+        ncols=columns,
+        nrows=rows,
+        position=0,
+    )
+
+
+def _size_of(stream: Any) -> tuple[int | None, int | None]:
+    """Return the columns and rows of a terminal that does not report them itself; None if it does, or is none."""
     try:
-        return os.get_terminal_size(stream.fileno()).columns == 0
+        columns, rows = os.get_terminal_size(stream.fileno())
     except (AttributeError, OSError, ValueError):  # not a terminal, closed, or replaced by an object without a file
-        return False
+        return None, None
+    return (None, None) if columns and rows else (columns or _COLUMNS, rows or _ROWS)
 
 
 @contextmanager
@@ -86,4 +120,61 @@ def bytes_progress(total: int, description: str, progress: SharedBar | bool) -> 
             bar.add(total)
             yield bar.advance
         else:
-            yield lambda nbytes: None
+            yield ignore
+
+
+class Phases:
+    """The phases of one piece of work, such as "writing" and "verifying", which may alternate.
+
+    Only the bar of the current phase is shown. At the end each has a line.
+    """
+
+    seconds: dict[str, float]
+    """Seconds of each phase."""
+
+    def __init__(self, totals: Mapping[str, int], enabled: bool):
+        """Prepare the phases.
+
+        Args:
+            totals: size in bytes of each phase, by its name.
+            enabled: whether there are bars; a phase without bytes has none.
+        """
+        self.seconds = dict.fromkeys(totals, 0.0)
+        self._totals = totals
+        self._enabled = enabled
+        self._bars: dict[str, SharedBar] = {}
+
+    @contextmanager
+    def begin(self, phase: str) -> Iterator[Callable[[int], None]]:
+        """Run a block as part of a phase, and yield the function that advances its bar."""
+        if phase in self._bars:
+            self._bars[phase].resume()
+        elif self._enabled and self._totals[phase]:
+            self._bars[phase] = SharedBar(_new_bar(phase, self._totals[phase]))
+        bar = self._bars.get(phase)
+        began = time.perf_counter()
+        try:
+            yield ignore if bar is None else bar.advance
+        finally:
+            self.seconds[phase] += time.perf_counter() - began
+            if bar is not None:
+                bar.pause()
+
+    def close(self) -> None:
+        """End all bars."""
+        for bar in self._bars.values():
+            bar.close()
+
+
+def ignore(nbytes: int) -> None:
+    """Advance no bar."""
+
+
+@contextmanager
+def phases(totals: Mapping[str, int], enabled: bool) -> Iterator[Phases]:
+    """Yield the phases of one piece of work, and end their bars after it; see ``Phases``."""
+    running = Phases(totals, enabled)
+    try:
+        yield running
+    finally:
+        running.close()

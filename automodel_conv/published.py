@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 from automodel_conv.doors import door, keyword_options
 from automodel_conv.files.source_options import SourceOptions, SourceSettings
 from automodel_conv.publishing.named_tensors import named_tensors
+from automodel_conv.types import LayoutName
 
 
 @door("publishing")
@@ -21,9 +22,9 @@ def published_tensors(
     module: nn.Module,
     *,
     rules: Iterable[Any] | None = None,
-    layout: str | None = None,
+    layout: LayoutName | None = None,
     reference: str | os.PathLike[str] | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     contiguous: bool = False,
     **options: Unpack[SourceOptions],
 ) -> Iterator[tuple[str, Tensor]]:
@@ -52,8 +53,8 @@ def published_tensors(
         reference: the checkpoint that the model comes from, see ``open_checkpoint``. Its names and shapes are restored,
             for engines that accept only those: transformers saves some types in another form than they are published
             in (Qwen3-VL-MoE with experts that are not transposed). Only its headers are read.
-        dtype: dtype of all floating-point tensors, except those that a transformers model keeps in float32. Tensors
-            of other dtypes are cast, one at a time. None: the dtypes that they have.
+        dtype: dtype of all floating-point tensors, as in ``save_checkpoint``. Tensors of other dtypes are cast, one at
+            a time. None: the dtypes that they have.
         contiguous: copy views that are not contiguous, such as those of transposed layouts.
         **options: see ``SourceOptions``.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 from automodel_conv.destinations.model import refuse_shared_memory
 from automodel_conv.distributed.collectives import all_or_raise, failures_on
 from automodel_conv.doors import door
-from automodel_conv.errors import RefitError, UnsupportedError, kind_of, listing, message
+from automodel_conv.errors import RefitError, UnsupportedError, kind_of, listing, message, rate_text, size_text
 from automodel_conv.execution.buffers import checked_buffer
 from automodel_conv.refitting.agreement import Own, agree, publish
 from automodel_conv.refitting.costs import RefitForecast, RefitReport
@@ -22,7 +23,11 @@ from automodel_conv.refitting.held import own_experts, trained
 from automodel_conv.refitting.planned import bucket_for, incoming, planned
 from automodel_conv.refitting.running import Prepared, Progress
 from automodel_conv.refitting.sides import Sides, refuse_changes
+from automodel_conv.types import LayoutName
+from automodel_conv.upstream.given_rules import given_rules
 from automodel_conv.upstream.wrappers import plain_model
+
+_LOG = logging.getLogger(__name__)
 
 DEFAULT_BUCKET_BYTES = 256 << 20
 
@@ -95,7 +100,7 @@ class Refit:
         sends: bool,
         group: Any = None,
         rules: Iterable[Any] | None = None,
-        layout: str | None = None,
+        layout: LayoutName | None = None,
         loader: Callable[[Any], Any] | None = None,
         experts: Sequence[int] | None = None,
         engine: nn.Module | None = None,
@@ -105,7 +110,7 @@ class Refit:
         self._groups = [self._group]
         what, rank = "planning a refit", dist.get_rank(self._group)
         with all_or_raise(self._groups, what):
-            rules = None if rules is None else list(rules)
+            rules = given_rules(rules)
             _check_modules(module, engine, bucket_bytes)
             _check_arguments(sends, engine, loader, rules, layout)
             module = module if loader is not None and not sends else plain_model(module)
@@ -146,6 +151,12 @@ class Refit:
         self._unchanged = () if filled is None else filled.unchanged
         self._prepared: Prepared | None = None
         self._places: list[Any] = []
+        _LOG.info("planned a refit: %r", self)
+
+    def __repr__(self) -> str:
+        sent, received = size_text(self._work.bytes_sent), size_text(self._work.bytes_received)
+        rank = dist.get_rank(self._group) if dist.is_initialized() else "?"
+        return f"<Refit on rank {rank}: sends {sent} and receives {received}; forecast() shows all ranks>"
 
     def forecast(self) -> RefitForecast:
         """Return what each call costs: bytes by link, messages, rounds and memory.
@@ -184,7 +195,7 @@ class Refit:
                 got_wrong = not lost and any(failures_on(self._groups, error if progress.sent_wrong else None))
                 raise self._failed([*failures, *lost], progress, got_wrong) from error
         self._broken = frozenset()
-        return RefitReport(
+        report = RefitReport(
             self._work.bytes_sent,
             self._work.bytes_received,
             self._work.message_count,
@@ -193,6 +204,8 @@ class Refit:
             self._forecast.left_out,
             self._unchanged,
         )
+        _LOG.debug("refit in %.3f s, %s", report.seconds, rate_text(report.gb_per_s))
+        return report
 
     def release(self) -> None:
         """Free the buckets of this rank, and forget the tensors of its modules.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,10 +25,10 @@ from automodel_conv.distributed.placements import local_of, meshes_of
 from automodel_conv.distributed.shared_folder import refuse_unshared
 from automodel_conv.doors import door, keyword_options
 from automodel_conv.dtypes import dtype_code
-from automodel_conv.errors import UnsupportedError, kind_of, message
+from automodel_conv.errors import UnsupportedError, kind_of, message, size_text
 from automodel_conv.execution.adding import Additions, merge_bytes
 from automodel_conv.execution.factors import KEPT_BYTES
-from automodel_conv.execution.report_text import Row, cost_rows, count_row, memory_row, text_of
+from automodel_conv.execution.report_text import Report, Row, cost_rows, count_row, memory_row, phase_rows
 from automodel_conv.execution.tensor_slabs import LocalTensor, TensorSlabs, tensor_slabs
 from automodel_conv.execution.writing import ScratchSplit, SlabGroup, split_scratch, write_slabs
 from automodel_conv.files.checkpoint import open_checkpoint, open_source
@@ -44,7 +45,7 @@ from automodel_conv.planning.kept_codes import refuse_codes_without_scales
 from automodel_conv.planning.names import plain_tensors
 from automodel_conv.planning.quantization import arranged_plan
 from automodel_conv.planning.sharding import region_of
-from automodel_conv.progress import bytes_progress
+from automodel_conv.progress import phases
 from automodel_conv.publishing.carrying import carried_from
 from automodel_conv.publishing.save_files import begin_save, commit_save, create_files, finish_files
 from automodel_conv.publishing.saved import (
@@ -55,14 +56,19 @@ from automodel_conv.publishing.saved import (
     shards_for,
     with_dtype,
 )
+from automodel_conv.types import LayoutName, SavedAdapter
+from automodel_conv.upstream.given_dtypes import dtype_to_save
+from automodel_conv.upstream.given_rules import given_rules
 from automodel_conv.upstream.models import state_table
 from automodel_conv.upstream.wrappers import plain_model
+
+_LOG = logging.getLogger(__name__)
 
 DEFAULT_SCRATCH_BYTES = 64 << 20
 
 
-@dataclass(frozen=True)
-class SaveReport:
+@dataclass(frozen=True, repr=False)
+class SaveReport(Report):
     """The outcome of ``save_checkpoint``; ``print`` shows it.
 
     Attributes:
@@ -72,6 +78,8 @@ class SaveReport:
         left_out: names of tensors of the model, of ``reference`` and of ``carry`` that are not in the new files in any
             form.
         seconds: duration of the save.
+        phases: seconds of each phase: "plan", "write", and "finish" (checksums, uploads that were waited for, other
+            files). Together they are ``seconds``. Nothing if only an adapter was saved.
         peak_extra_bytes: bound of the memory used in addition to the tensors; on a device, of pinned and of device
             memory separately.
 
@@ -91,23 +99,23 @@ class SaveReport:
     left_out: tuple[str, ...]
     seconds: float
     peak_extra_bytes: int
+    phases: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def gb_per_s(self) -> float:
-        """10^9 bytes written per second."""
-        return self.bytes_written / self.seconds / 1e9 if self.seconds else 0.0
+        """10^9 bytes written per second of the write phase."""
+        return self.bytes_written / 1e9 / max(self.phases.get("write", self.seconds), 1e-9)
 
-    def __str__(self) -> str:
-        return text_of(
-            [
-                Row("files", str(len(self.files))),
-                *cost_rows("written", self.bytes_written, self.gb_per_s),
-                Row("seconds", f"{self.seconds:.3f}"),
-                memory_row(self.peak_extra_bytes),
-                count_row("carried as they are", self.carried),
-                count_row("left out", self.left_out),
-            ]
-        )
+    def _rows(self) -> list[Row]:
+        return [
+            Row("files", str(len(self.files))),
+            *cost_rows("written", self.bytes_written, self.gb_per_s),
+            Row("seconds", f"{self.seconds:.3f}"),
+            *phase_rows(self.phases),
+            memory_row(self.peak_extra_bytes),
+            count_row("carried as they are", self.carried),
+            count_row("left out", self.left_out),
+        ]
 
 
 @door("saving")
@@ -117,13 +125,13 @@ def save_checkpoint(
     directory: str | os.PathLike[str],
     *,
     rules: Iterable[Any] | None = None,
-    layout: str | None = None,
+    layout: LayoutName | None = None,
     reference: str | os.PathLike[str] | None = None,
     carry: str | os.PathLike[str] | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     max_shard_size: int | str = "5GB",
     checksums: bool = False,
-    adapter: str | None = None,
+    adapter: SavedAdapter | None = None,
     threads: int | None = None,
     scratch_bytes: int | None = None,
     progress: bool = False,
@@ -162,8 +170,9 @@ def save_checkpoint(
             Quantized ones are decoded, unless the tensors to save are codes themselves. With a state dict, these
             are all tensors of that checkpoint from which no tensor of the state dict is built. So the state dict must
             contain all names of tied tensors, not only one of them.
-        dtype: dtype of all floating-point tensors, except those that a transformers model keeps in float32. Codes and
-            their scales are not cast. None: the dtypes that they have.
+        dtype: dtype of all floating-point tensors, except those that a transformers model keeps in float32: a dtype of
+            torch, its name ("bfloat16"), or "auto", the dtype that the config of the model states, or else that of the
+            first floating-point tensor. Codes and their scales are not cast. None: the dtypes that they have.
         max_shard_size: bound of the tensor data in a file, in bytes or as in "5GB". Not used with ``reference``.
         checksums: write a checksum of each tensor next to the index, for ``verify=True`` of the loaders and for
             ``verify`` of the command line. This reads the files once more.
@@ -211,7 +220,7 @@ def save_checkpoint(
     """
     began = time.perf_counter()
     settings = SourceSettings(**options)
-    rules = None if rules is None else list(rules)
+    rules = given_rules(rules)
     adapters: tuple[Adapter, ...] = ()
     if adapter is not None:
         form = _form_of(adapter)
@@ -245,9 +254,10 @@ def save_checkpoint(
         if model is not None and adapters:
             base = base_in_memory(model, plan)
             merge = plan_merge(arranged_plan(base.table), adapters, base)
-        plan = with_dtype(plan, dtype, model, rules)
+        cast_to = dtype_to_save(dtype, model, tensors.values())
+        plan = with_dtype(plan, cast_to, model, rules)
         source = None if carry is None else open_source(carry, settings.shared(carry))
-        code = None if dtype is None else dtype_code(dtype)
+        code = None if cast_to is None else dtype_code(cast_to)
         carried = None if source is None else carried_from(source, plan, model, rules, layout, code)
         targets = plan.targets if carried is None else (*plan.targets, *carried.targets)
         stored_layout = getattr(state, "layout", None) if model is None and layout is None and not rules else None
@@ -284,17 +294,19 @@ def save_checkpoint(
             if is_first:
                 opening = folder.open(shards, None, index_name=naming.index_name)
                 destination = cleanup.enter_context(opening)
-                begin_save(destination, [], model, dtype)
+                begin_save(destination, [], model, cast_to)
         nbytes = sum(group.nbytes for group in own_slabs) + (0 if carried_slabs is None else carried_slabs.nbytes)
         numbers = {shard.name: file for file, shard in enumerate(shards)}
-        with bytes_progress(nbytes, "saving", progress) as advance:
+        uploaded = sum(shard.nbytes for shard in shards) if folder.is_remote and is_first else 0
+        planned = time.perf_counter() - began
+        with phases({"writing": nbytes, "uploading": uploaded}, progress) as bars:
             for batch in folder.batches(shards):
                 with all_or_raise(groups, "starting the save"):
                     if destination is not None:
                         create_files(destination, batch)
                 if folder.is_remote:
                     refuse_unshared(groups, staged_path(folder.directory, batch[0].name))
-                with all_or_raise(groups, "saving"):
+                with all_or_raise(groups, "saving"), bars.begin("writing") as advance:
                     for shard in batch:
                         file = numbers[shard.name]
                         slabs = _slabs_of(file, own_slabs, additions)
@@ -304,11 +316,15 @@ def save_checkpoint(
                                 write_slabs(slabs, staged_path(folder.directory, shard.name), limits.threads, advance)
                 with all_or_raise(groups, "finishing the save"):
                     if destination is not None:
-                        finish_files(destination, batch, limits.threads if checksums else 0)
-        with all_or_raise(groups, "finishing the save"):
-            if destination is not None:
-                commit_save(destination, shards, model, naming, limits.threads if checksums else 0)
-    return SaveReport(
+                        with bars.begin("uploading") as destination.on_upload:
+                            finish_files(destination, batch, limits.threads if checksums else 0)
+            with all_or_raise(groups, "finishing the save"):
+                if destination is not None:
+                    with bars.begin("uploading") as destination.on_upload:
+                        commit_save(destination, shards, model, naming, limits.threads if checksums else 0)
+    seconds = time.perf_counter() - began
+    known = {"plan": planned, "write": bars.seconds["writing"]}
+    report = SaveReport(
         files=tuple(shard.name for shard in shards),
         bytes_written=sum(shard.nbytes for shard in shards),
         carried=() if carried is None else carried.names,
@@ -316,11 +332,14 @@ def save_checkpoint(
             *not_saved(model, opened, [target.name for target in targets]),
             *(() if carried is None else carried.left_out),
         ),
-        seconds=time.perf_counter() - began,
+        seconds=seconds,
+        phases={**known, "finish": seconds - sum(known.values())},
         peak_extra_bytes=limits.scratch_bytes
         + (0 if merge is None else _merge_bytes(merge, limits))
         + folder.upload_bytes,
     )
+    _LOG.info("saved %s: %s in %.3f s", folder.name, size_text(report.bytes_written), report.seconds)
+    return report
 
 
 def _slabs_of(file: int, groups: Sequence[TensorSlabs], additions: Additions | None) -> list[SlabGroup]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 from typing_extensions import Unpack
@@ -17,9 +18,10 @@ from automodel_conv.errors import UnsupportedError, listing, message
 from automodel_conv.execution.filling import fill, limits_in_budget
 from automodel_conv.execution.reading import read_each
 from automodel_conv.execution.report import Clock, LoadedStateDict, LoadReport, report_of
+from automodel_conv.execution.timeline import CODE
 from automodel_conv.files.checkpoint import Checkpoint, open_checkpoint, open_source
 from automodel_conv.files.source_options import SourceOptions, SourceSettings
-from automodel_conv.loading_code.calling import Calls, Load, Targets
+from automodel_conv.loading_code.calling import Load, Targets
 from automodel_conv.loading_code.computing import computed_values
 from automodel_conv.loading_code.dry_run import Traced, traced
 from automodel_conv.loading_code.kept_traces import digest_of, keep_trace, kept_trace
@@ -28,6 +30,9 @@ from automodel_conv.loading_code.stand_ins import in_class_of, named_tensors
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.problems import Problems
+from automodel_conv.types import LoaderCalls
+
+_LOG = logging.getLogger(__name__)
 
 
 @door("planning")
@@ -37,7 +42,7 @@ def trace_loader(
     checkpoint: Checkpoint | str | os.PathLike[str],
     targets: nn.Module | Mapping[str, Tensor] | None = None,
     *,
-    calls: Literal["pairs", "dict"] = "pairs",
+    calls: LoaderCalls = "pairs",
     **options: Unpack[SourceOptions],
 ) -> CopyPlan:
     """Run loading code on tensors without data, and return the plan of the copies that it makes.
@@ -151,6 +156,7 @@ def load_with(
     own = named_tensors(targets)
     values, bytes_for_values = computed_values(load, checkpoint, targets, settings.calls, trace)
     bytes_for_values += sum(checkpoint.nbytes[row] for row in trace.values_read)
+    clock.lap("read", CODE)
     stats = fill(trace.plan, checkpoint, places.buffers, limits, progress=settings.progress)
     if device is not None:
         values = {n: v if v is own.get(n) else in_class_of(v, v.detach().to(device)) for n, v in values.items()}
@@ -187,7 +193,7 @@ def _refuse_budget(trace: Traced, settings: TraceSettings) -> None:
         )
 
 
-def _traced(load: Load, checkpoint: Checkpoint, targets: Targets, calls: Calls) -> Traced:
+def _traced(load: Load, checkpoint: Checkpoint, targets: Targets, calls: LoaderCalls) -> Traced:
     sources = SourceTable.from_checkpoint(checkpoint)
     return traced(load, sources, targets, calls, lambda rows: list(read_each(list(rows), checkpoint)))
 
@@ -200,7 +206,9 @@ def _kept_or_traced(load: Load, checkpoint: Checkpoint, targets: Targets, settin
     sources = SourceTable.from_checkpoint(checkpoint)
     digest = digest_of(load, sources, targets, settings.calls, settings.trace_key)
     trace = kept_trace(directory, digest, targets)
-    if trace is None:
+    if trace is not None:
+        _LOG.info("found the trace of the loading code in %s", directory)
+    else:
         trace = _traced(load, checkpoint, targets, settings.calls)
         keep_trace(directory, digest, targets, trace)
     return trace

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from automodel_conv.errors import (
     VerificationError,
     listing,
     message,
+    size_text,
 )
 from automodel_conv.execution.comparing import compare_file
 from automodel_conv.execution.file_slabs import FileSlabs
@@ -32,6 +34,10 @@ from automodel_conv.planning.layouts import holds_grouped_experts, layout_from_n
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.progress import bytes_progress
 from automodel_conv.publishing.conversion import DEFAULT_SCRATCH_BYTES, compile_conversion
+from automodel_conv.types import LayoutInFiles
+from automodel_conv.upstream.given_rules import given_rules
+
+_LOG = logging.getLogger(__name__)
 
 _Form = tuple[str, tuple[int, ...]]
 """Dtype and shape of a tensor."""
@@ -53,9 +59,9 @@ def verify_checkpoint(
     destination: str | os.PathLike[str],
     *,
     rules: Iterable[Any] | None = None,
-    layout: str | None = None,
-    source_layout: str | None = None,
-    dtype: torch.dtype | None = None,
+    layout: LayoutInFiles | None = None,
+    source_layout: LayoutInFiles | None = None,
+    dtype: torch.dtype | str | None = None,
     dequantize: bool = False,
     drop: str | Iterable[str] = (),
     threads: int | None = None,
@@ -78,8 +84,8 @@ def verify_checkpoint(
             "per_expert". None: the one that the files state.
         source_layout: layout of grouped experts in the source: a layout, or "per_expert". None: the layout that the
             files state, or else the model's; see ``convert_checkpoint``.
-        dtype: dtype of all floating-point tensors in the destination, except those that a transformers model keeps in
-            float32. None: the dtypes of the source.
+        dtype: dtype of all floating-point tensors in the destination, or "auto"; see ``convert_checkpoint``. None: the
+            dtypes of the source.
         dequantize: whether the conversion decoded quantized tensors, to ``dtype`` or the config's.
         drop: tensors that the conversion left out, by their names in the source: a pattern or several, with ``*``,
             ``?`` and ``[abc]``, as for ``convert_checkpoint``.
@@ -134,7 +140,7 @@ def compare_checkpoints(
     rules: Iterable[Any] | None = None,
     layout: str | None = None,
     source_layout: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     dequantize: bool = False,
     drop: str | Iterable[str] = (),
     threads: int | None = None,
@@ -147,7 +153,7 @@ def compare_checkpoints(
     settings = SourceSettings(**options)
     checkpoint = open_source(source, settings.shared(source))
     other = open_source(destination, settings.further(destination))
-    rules = None if rules is None else list(rules)
+    rules = given_rules(rules)
     if layout is None and rules != []:
         stated = stated_layout(other, None)
         keeps_all = rules is None and source_layout is None and dtype is None
@@ -175,6 +181,7 @@ def compare_checkpoints(
         for file in file_slabs.by_file:
             with file_slabs.opened(file) as slabs:
                 compare_file(slabs, other.sources[file], _file_of(other, file, rows[file]), limits.threads, advance)
+    _LOG.info("verified %s: %s as converted from %s", other.path, size_text(plan.bytes_written), checkpoint.path)
     return Verified(plan.bytes_written, conversion.is_copy)
 
 

@@ -20,6 +20,8 @@ from automodel_conv.errors import (
     kind_of,
     listing,
     message,
+    rate_text,
+    size_text,
 )
 
 CLASSES = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, Exception)]
@@ -231,3 +233,22 @@ def test_other_ranks_are_sent_no_entry(monkeypatch):
     with pytest.raises(ReadError), all_or_raise([], "loading"):
         raise ReadError("it failed")
     assert sent == ["rank 0: ReadError: it failed"]
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "size", "rate"),
+    [
+        (0, "0 bytes", "0 bytes/s"),
+        (1, "1 byte", "1 byte/s"),
+        (999, "999 bytes", "999 bytes/s"),
+        (1000, "1.0 kB", "1.00 kB/s"),
+        (999_999, "1,000.0 kB", "1,000.00 kB/s"),
+        (10**21, "1,000.0 EB", "1,000.00 EB/s"),
+        (786_432, "786.4 kB", "786.43 kB/s"),
+        (52_300_000, "52.3 MB", "52.30 MB/s"),
+        (1_500_000_000, "1.5 GB", "1.50 GB/s"),
+    ],
+)
+def test_sizes_and_speeds_have_the_unit_that_fits(nbytes, size, rate):
+    assert size_text(nbytes) == size
+    assert rate_text(nbytes / 1e9) == rate

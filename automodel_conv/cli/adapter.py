@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
-from json import dumps
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import automodel_conv
+from automodel_conv.cli import completion
 from automodel_conv.cli.options import (
     ChecksumsOption,
     DequantizeOption,
+    JsonOption,
     ProgressOption,
     ResumeOption,
     ShardSizeOption,
@@ -23,7 +22,7 @@ from automodel_conv.cli.options import (
     show_progress,
     with_source_options,
 )
-from automodel_conv.cli.printing import print_kept_codes, print_names, print_table, resumable, write_json
+from automodel_conv.cli.printing import print_kept_codes, print_names, print_table, resumable
 from automodel_conv.cli.words import Command, Commands
 from automodel_conv.errors import listing
 from automodel_conv.files.source_options import SourceOptions, SourceSettings
@@ -33,7 +32,6 @@ from automodel_conv.planning.layouts import LAYOUTS, PER_EXPERT
 app = typer.Typer(
     cls=Commands,
     help="Convert, merge and inspect adapters (LoRA) of Mixture-of-Experts models.",
-    no_args_is_help=True,
 )
 
 _ADAPTER = "A directory, URL or org/name with adapter_config.json and adapter_model.safetensors."
@@ -54,14 +52,29 @@ def convert(
         ),
     ],
     base: BaseOption,
-    layout: Annotated[str, typer.Option(help=f"Form of the new adapter: {', '.join(FORMS)}.")],
+    layout: Annotated[
+        str, typer.Option(help=f"Form of the new adapter: {', '.join(FORMS)}.", autocompletion=completion.forms)
+    ],
     source: SourceOptions,
+    json: JsonOption = False,
     progress: ProgressOption = None,
-) -> None:
+) -> object:
     """Convert an adapter to another form."""
+    from automodel_conv.cli.results.adapters import adapter_converted
+
     shown = show_progress(progress)
-    report = automodel_conv.convert_adapter(adapter, destination, base=base, layout=layout, progress=shown, **source)
+    report = automodel_conv.convert_adapter(
+        adapter,
+        destination,
+        base=base,
+        layout=layout,  # type: ignore[arg-type]
+        progress=shown,
+        **source,
+    )
+    if json:
+        return adapter_converted(report)
     typer.echo(report)
+    return None
 
 
 @app.command(cls=Command)
@@ -84,10 +97,17 @@ def merge(
     ] = None,
     layout: Annotated[
         str | None,
-        typer.Option(help=f"Layout of the routed experts: {', '.join([*LAYOUTS, PER_EXPERT])}. Default: the base's."),
+        typer.Option(
+            help=f"Layout of the routed experts: {', '.join([*LAYOUTS, PER_EXPERT])}. Default: the base's.",
+            autocompletion=completion.new_layouts,
+        ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Dtype of floating tensors, such as bfloat16. Default: the base's.")
+        str | None,
+        typer.Option(
+            help="Dtype of floating tensors: bfloat16, ... or auto. Default: the base's.",
+            autocompletion=completion.dtypes,
+        ),
     ] = None,
     dequantize: DequantizeOption = False,
     max_shard_size: ShardSizeOption = "5GB",
@@ -95,12 +115,14 @@ def merge(
     verify: VerifyOption = True,
     checksums: ChecksumsOption = False,
     threads: ThreadsOption = None,
+    json: JsonOption = False,
     progress: ProgressOption = None,
-) -> None:
+) -> object:
     """Merge adapters into a checkpoint, tensor by tensor, without loading the model.
 
     To continue after an interruption, repeat the command.
     """
+    from automodel_conv.cli.results.conversions import converted
     from automodel_conv.cli.tables import converted_table
 
     adapters = [(adapter, weight), *map(weighted, further or ())]
@@ -109,7 +131,7 @@ def merge(
             base,
             adapters,
             destination,
-            layout=layout,
+            layout=layout,  # type: ignore[arg-type]
             dtype=dtype_named(dtype),
             dequantize=dequantize,
             max_shard_size=max_shard_size,
@@ -120,9 +142,11 @@ def merge(
             progress=show_progress(progress),
             **source,
         )
-    print_table(converted_table(report, verify))
-    print_names(report.carried, report.left_out)
+    if not json:
+        print_table(converted_table(report, verify))
+        print_names(report.carried, report.left_out)
     print_kept_codes(report.kept_codes, dtype)
+    return converted(report, verify) if json else None
 
 
 @app.command(cls=Command)
@@ -131,26 +155,30 @@ def inspect(
     adapter: AdapterArgument,
     base: BaseOption,
     source: SourceOptions,
-    json: Annotated[Path | None, typer.Option(help="Write the summary to this file.")] = None,
-) -> None:
+    json: JsonOption = False,
+) -> object:
     """Print what an adapter changes, and whether the base model has it.
 
     Reads only headers. Ends with status 1 if a part of the adapter would have no effect.
     """
+    from automodel_conv.cli.results.adapters import inspected
     from automodel_conv.cli.tables import adapter_table
     from automodel_conv.lora.inspecting import inspect_adapter
 
     summary = inspect_adapter(adapter, base, SourceSettings(**source))
-    print_table(adapter_table(summary))
-    if json is not None:
-        write_json(json, dumps(asdict(summary), indent=2))
+    if not json:
+        print_table(adapter_table(summary))
     if summary.problems:
         lines = [f"{len(summary.problems)} of {summary.modules} modules would have no effect:"]
         lines.append(listing(summary.problems))
         if summary.why_no_model is not None:
             lines.append(f"names of the model are not known: {summary.why_no_model}")
         typer.echo("\n".join(lines), err=True)
+    if json:
+        return inspected(summary)
+    if summary.problems:
         raise typer.Exit(1)
+    return None
 
 
 def weighted(text: str) -> tuple[str, float]:

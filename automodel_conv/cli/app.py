@@ -13,11 +13,14 @@ from rich.filesize import decimal
 
 import automodel_conv
 from automodel_conv.cli import adapter, refit_command
+from automodel_conv.cli.completion import devices, dtypes
 from automodel_conv.cli.dry_run import print_dry_run
 from automodel_conv.cli.options import (
     ChecksumsOption,
     DequantizeOption,
     DropOption,
+    HtmlOption,
+    JsonOption,
     LayoutOption,
     ModelOption,
     NewDtypeOption,
@@ -38,16 +41,19 @@ from automodel_conv.cli.options import (
     with_source_options,
 )
 from automodel_conv.cli.printing import (
-    count_of,
+    errors_of_output,
+    output_width,
     print_if_grouped,
     print_kept_codes,
     print_names,
     print_table,
+    refuse_unwritable,
     resumable,
-    write_json,
+    writes_option,
 )
 from automodel_conv.cli.words import Command, Commands
-from automodel_conv.errors import UnknownTarget
+from automodel_conv.errors import UnknownTarget, count_of
+from automodel_conv.files.remote.urls import without_secrets
 from automodel_conv.files.source_options import SourceOptions
 from automodel_conv.planning.layouts import PER_EXPERT
 
@@ -58,8 +64,8 @@ if TYPE_CHECKING:
 app = typer.Typer(
     cls=Commands,
     help="Load and convert Hugging Face Mixture-of-Experts checkpoints.",
-    add_completion=False,
-    no_args_is_help=True,
+    epilog="Exit status: 0 if all went well, 1 after an error, 2 if an option or argument is wrong, 130 after Ctrl-C.",
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 
@@ -78,7 +84,8 @@ The checkpoint is removed."""
 
 def main() -> None:
     """Run the command line; the entry point of the console script."""
-    app()
+    with errors_of_output():
+        app()
 
 
 @app.callback(invoke_without_command=True)
@@ -101,7 +108,10 @@ def plan(
         list[str] | None,
         typer.Option(help="Print every source of this target, with the elements that it fills. May be repeated."),
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the plan to this file.")] = None,
+    save: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the plan, as loaders take it, to this file.")
+    ] = None,
+    html: HtmlOption = None,
     model: Annotated[
         bool,
         typer.Option(
@@ -116,39 +126,53 @@ def plan(
             help="Print what each rank of this mesh would read: sizes of ep, fsdp, replicate, such as ep=64,fsdp=8."
         ),
     ] = None,
+    json: JsonOption = False,
     progress: StepsOption = None,
-) -> None:
+) -> object:
     """Print the plan of a load: the sources, targets and bytes of each rule.
 
     Reads only headers, even for org/name.
     """
-    from automodel_conv.cli.forecast import forecast, parse_mesh
+    from automodel_conv.cli.forecast import forecast, parse_mesh, regions_by_rank
+    from automodel_conv.cli.results.plans import mesh_costs, plan_result
     from automodel_conv.cli.steps import step_line
     from automodel_conv.cli.tables import mesh_table
 
+    layouts: dict[str, Any] = {"layout": layout, "source_layout": source_layout}
     sizes = None if mesh is None else parse_mesh(mesh)
     shows_steps = show_progress(progress)
     with step_line(shows_steps) as begin_step:
         begin_step("headers")
         checkpoint = automodel_conv.open_checkpoint(path, **source)
         begin_step("plan")
-        compiled = automodel_conv.compile_plan(
-            checkpoint, rules=rules_of(model, recipe), layout=layout, source_layout=source_layout
-        )
-    typer.echo(compiled.summary())
-    print_names((), compiled.left_out)
+        compiled = automodel_conv.compile_plan(checkpoint, rules=rules_of(model, recipe), **layouts)
+    costs = None
     if sizes is not None:
         with step_line(shows_steps) as begin_step:
             costs = forecast(checkpoint, compiled, sizes, begin_step)
+    explained = explain or ()
+    try:
+        for target in explained:
+            compiled.target(target)
+    except UnknownTarget as error:
+        raise typer.BadParameter(error.args[0], param_hint="--explain") from None
+    if save is not None:
+        text = compiled.to_json()
+        with writes_option("--save", save):
+            save.write_text(text, encoding="utf-8")
+    if html is not None:
+        ranks = None if costs is None or sizes is None else regions_by_rank(compiled, costs, sizes)
+        with writes_option("--html", html):
+            compiled.to_html(html, title=without_secrets(path), ranks=ranks)
+    if json:
+        return plan_result(compiled, explained, mesh_costs(costs, sizes) if costs and sizes else None)
+    typer.echo(compiled.summary(output_width()))
+    print_names((), compiled.left_out)
+    if costs is not None:
         print_table(mesh_table(costs))
-    for target in explain or ():
-        try:
-            text = compiled.explain(target)
-        except UnknownTarget as error:
-            raise typer.BadParameter(error.args[0], param_hint="--explain") from None
-        typer.echo(f"\n{text}")
-    if json is not None:
-        write_json(json, compiled.to_json())
+    for target in explained:
+        typer.echo(f"\n{compiled.explain(target)}")
+    return None
 
 
 @app.command(cls=Command)
@@ -160,28 +184,35 @@ def load(
     source_layout: SourceLayoutOption = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="Dtype of floating tensors, such as bfloat16. Default: the model's."),
+        typer.Option(
+            help="Dtype of floating tensors: bfloat16, ... or auto. Default: the model's.", autocompletion=dtypes
+        ),
     ] = None,
     recipe: RecipeOption = None,
-    device: Annotated[str, typer.Option(help="Device to load to, such as cuda:0.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Device to load to, such as cuda:0.", autocompletion=devices)] = "cpu",
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Reader threads. Default: chosen for this machine.")
+        int | None, typer.Option(min=1, metavar="N", help="Reader threads. Default: chosen for this machine.")
     ] = None,
     strict: Annotated[bool, typer.Option(help="Fail unless names and shapes match the model.")] = True,
     verify: Annotated[
         bool,
         typer.Option("--verify", help="First compare all tensors with the checksums that `convert --checksums` wrote."),
     ] = False,
+    html: HtmlOption = None,
+    json: JsonOption = False,
     progress: ProgressOption = None,
-) -> None:
+) -> object:
     """Load a checkpoint into memory and print a report."""
+    from automodel_conv.cli.results.loads import load_result
     from automodel_conv.cli.tables import report_table
 
+    if html is not None:
+        refuse_unwritable("--html", html)
+    layouts: dict[str, Any] = {"layout": layout, "source_layout": source_layout}
     loaded = automodel_conv.load_state_dict(
         path,
         rules=rules_of(True, recipe),
-        layout=layout,
-        source_layout=source_layout,
+        **layouts,
         dtype=dtype_named(dtype),
         device=device,
         threads=threads,
@@ -190,8 +221,13 @@ def load(
         progress=show_progress(progress),
         **source,
     )
-    print_table(report_table(loaded.report, len(loaded)))
-    print_names((), loaded.report.left_out)
+    if not json:
+        print_table(report_table(loaded.report, len(loaded)))
+        print_names((), loaded.report.left_out)
+    if html is not None:
+        with writes_option("--html", html):
+            loaded.report.to_html(html, title=without_secrets(path))
+    return load_result(loaded.report, len(loaded)) if json else None
 
 
 @app.command(cls=Command)
@@ -218,13 +254,15 @@ def convert(
     verify: VerifyOption = True,
     checksums: ChecksumsOption = False,
     threads: ThreadsOption = None,
+    json: JsonOption = False,
     progress: ProgressOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done; write nothing.")] = False,
-) -> None:
+) -> object:
     """Convert a checkpoint to another layout of its experts.
 
     To continue after an interruption, repeat the command.
     """
+    from automodel_conv.cli.results.conversions import converted
     from automodel_conv.cli.tables import converted_table
     from automodel_conv.files.source_options import SourceSettings
     from automodel_conv.publishing.conversion import compile_conversion
@@ -242,8 +280,7 @@ def convert(
         **source,
     }
     if dry_run:
-        print_dry_run(compile_conversion(path, **arguments), destination, settings, dtype)
-        return
+        return print_dry_run(compile_conversion(path, **arguments), destination, settings, dtype, json)
     with resumable(resume):
         report = automodel_conv.convert_checkpoint(
             path,
@@ -255,12 +292,14 @@ def convert(
             threads=threads,
             progress=show_progress(progress),
         )
-    print_table(converted_table(report, verify))
-    print_names(report.carried, report.left_out)
+    if not json:
+        print_table(converted_table(report, verify))
+        print_names(report.carried, report.left_out)
     print_kept_codes(report.kept_codes, dtype)
     if layout == PER_EXPERT:
         written = automodel_conv.open_checkpoint(destination, **settings.further(destination).source())
         print_if_grouped(written.names, written.directory)
+    return converted(report, verify) if json else None
 
 
 @app.command(cls=Command)
@@ -283,9 +322,11 @@ def verify(
     model: ModelOption = True,
     recipe: RecipeOption = None,
     threads: ThreadsOption = None,
+    json: JsonOption = False,
     progress: ProgressOption = None,
-) -> None:
+) -> object:
     """Check that a checkpoint is, bit for bit, the conversion of another one."""
+    from automodel_conv.cli.results.loads import ComparedWithChecksums, ComparedWithSource
     from automodel_conv.execution.checksums import verify_checksums
     from automodel_conv.execution.cores import cores
     from automodel_conv.files.checkpoint import open_source
@@ -295,9 +336,11 @@ def verify(
     settings = SourceSettings(**source)
     if destination is None:
         checkpoint = open_source(path, settings)
-        nbytes = verify_checksums(checkpoint, cores() if threads is None else threads)
+        nbytes = verify_checksums(checkpoint, cores() if threads is None else threads, show_progress(progress))
+        if json:
+            return ComparedWithChecksums(len(checkpoint.names), nbytes)
         typer.echo(f"{count_of(len(checkpoint.names), 'tensor')}, {decimal(nbytes)}: all match their checksums")
-        return
+        return None
     verified = compare_checkpoints(
         path,
         destination,
@@ -312,9 +355,12 @@ def verify(
         **source,
     )
     written = open_source(destination, settings.further(destination))
+    if json:
+        return ComparedWithSource(len(written.names), len(written.files), verified.nbytes, verified.is_copy)
     same = "the source" if verified.is_copy else "a conversion of the source"
     tensors, files = count_of(len(written.names), "tensor"), count_of(len(written.files), "file")
     typer.echo(f"{tensors} in {files}, {decimal(verified.nbytes)}: bit-identical to {same}")
+    return None
 
 
 app.add_typer(adapter.app, name="adapter")
@@ -332,16 +378,21 @@ def measure(
     recipe: RecipeOption = None,
     most: Annotated[str, typer.Option(help="Maximum bytes of tensors to time, such as 8GB.")] = "8GB",
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Maximum number of threads or connections to time. Default: as for load.")
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Maximum number of threads or connections to time. Default: as for load."
+        ),
     ] = None,
     cold: Annotated[bool, typer.Option("--cold", help="Drop the files from the page cache first.")] = False,
-) -> None:
+    json: JsonOption = False,
+) -> object:
     """Measure loads of a checkpoint on this machine, compare them with its limit, and print what limits them.
 
     Of files that are not on this machine, ranges are read with 1, 4 and 16 connections for a few seconds, then a load.
     """
     from automodel_conv.cli.bench import advice, bench
     from automodel_conv.cli.remote_bench import remote_advice, remote_bench
+    from automodel_conv.cli.results.benches import local_bench, remote_bench_result
     from automodel_conv.cli.tables import bench_tables, remote_bench_tables
     from automodel_conv.files.checkpoint import open_source
     from automodel_conv.files.shards import parse_size
@@ -353,10 +404,12 @@ def measure(
         if cold:
             raise typer.BadParameter("files that are not on this machine have no page cache here", param_hint="--cold")
         found = remote_bench(path, settings, **what, most_bytes=parse_size(most), threads=threads)
+        if json:
+            return remote_bench_result(found)
         for table in remote_bench_tables(found):
             print_table(table)
         typer.echo(remote_advice(found))
-        return
+        return None
     result = bench(
         path,
         settings,
@@ -365,10 +418,13 @@ def measure(
         most_threads=threads,
         drop_cache=cold,
     )
+    if json:
+        return local_bench(result)
     for table in bench_tables(result):
         print_table(table)
     for text in advice(result):
         typer.echo(text)
+    return None
 
 
 @app.command("demo", cls=Command)
@@ -376,23 +432,30 @@ def compare(
     directory: Annotated[
         Path | None, typer.Option(help="Directory for 1 GB of temporary files. Default: the system's.")
     ] = None,
-) -> None:
+    html: HtmlOption = None,
+    json: JsonOption = False,
+) -> object:
     """Write a checkpoint of 1 GB, load it with transformers and with this package, and compare them.
 
-    Needs 4 GB of free memory and 1 GB of disk space. All files are removed.
+    Needs 4 GB of free memory and 1 GB of disk space. All files are removed, except the page of the plan.
     """
     from automodel_conv.cli import demo
+    from automodel_conv.cli.results.benches import demo_result
 
-    if not show_demo(demo.BIG, None if directory is None else str(directory)):
+    folder = None if directory is None else str(directory)
+    if json:
+        return demo_result(demo.run_demo(demo.BIG, folder, typer.echo, html))
+    if not show_demo(demo.BIG, folder, html):
         raise typer.Exit(1)
+    return None
 
 
-def show_demo(model: DemoModel, directory: str | None = None) -> bool:
+def show_demo(model: DemoModel, directory: str | None = None, html: Path | None = None) -> bool:
     """Run the demo, and print its progress and its table; return whether all bytes of all tensors were equal."""
     from automodel_conv.cli.demo import run_demo
     from automodel_conv.cli.tables import demo_table
 
-    result = run_demo(model, directory, typer.echo)
+    result = run_demo(model, directory, typer.echo, html)
     print_table(demo_table(result))
     for name in result.different[:10]:
         typer.echo(f"different: {name}", err=True)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from automodel_conv.compiling.planned import compile_plan
-from automodel_conv.errors import UnsupportedError, message
+from automodel_conv.errors import UnsupportedError, message, rate_text
 from automodel_conv.execution import page_calls
 from automodel_conv.execution.buffers import allocate, byte_view
 from automodel_conv.execution.host import default_threads, load_to_host
@@ -35,6 +35,7 @@ from automodel_conv.planning.copies import Target
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.schedule.host import RUN_BYTES, group_reads, split_copies
 from automodel_conv.schedule.jobs import Read, ReadInPlace, Reads
+from automodel_conv.types import LayoutName
 
 DEFAULT_SAMPLE_BYTES = 8 * 10**9
 RUNS = 3
@@ -106,8 +107,8 @@ def bench(
     settings: SourceSettings = _DEFAULTS,
     *,
     rules: Sequence[Any] | None = None,
-    layout: str | None = None,
-    dtype: torch.dtype | None = None,
+    layout: LayoutName | None = None,
+    dtype: torch.dtype | str | None = None,
     most_bytes: int = DEFAULT_SAMPLE_BYTES,
     most_threads: int | None = None,
     drop_cache: bool = False,
@@ -195,13 +196,15 @@ def advice(result: Bench) -> list[str]:
     gb = result.sample_nbytes / 1e9
     sentences = []
     if result.cached is not None and result.cached < 0.9 and result.first_seconds > 2 * roof:
-        text = f"The disk: it reads {gb / result.first_seconds:.2f} GB/s; the page cache reads {gb / roof:.2f} GB/s."
+        text = (
+            f"The disk: it reads {rate_text(gb / result.first_seconds)}; the page cache reads {rate_text(gb / roof)}."
+        )
         if result.nbytes > result.memory_bytes // 2:
             text += " The checkpoint is too large to stay there next to the model, so only a faster disk helps."
         sentences.append(text)
     if result.huge_pages == "never":
         sentences.append(
-            f"Huge pages are off; without them new memory is written at {result.touch_small_gb_per_s:.1f} GB/s. "
+            f"Huge pages are off; without them new memory is written at {rate_text(result.touch_small_gb_per_s)}. "
             f"'echo madvise > {_HUGE_PAGES}', as root, allows loads to use them if they are faster."
         )
     by_default = result.load_seconds[result.default_threads]

@@ -18,8 +18,9 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from automodel_conv.errors import ConversionError, UnsupportedError, message
+from automodel_conv.errors import ConversionError, UnsupportedError, message, size_text
 from automodel_conv.files.write_errors import write_errors
+from automodel_conv.pictures.page import FilePath, write_page
 
 METHODS = ("transformers", "automodel_conv")
 RUNS = 3
@@ -66,7 +67,10 @@ class DemoResult:
 
 
 def run_demo(
-    model: DemoModel = BIG, directory: str | None = None, show: Callable[[str], None] = lambda line: None
+    model: DemoModel = BIG,
+    directory: str | None = None,
+    show: Callable[[str], None] = lambda line: None,
+    html: FilePath | None = None,
 ) -> DemoResult:
     """Write a checkpoint with transformers, load it with both packages, and compare all bytes of all tensors.
 
@@ -74,10 +78,11 @@ def run_demo(
         model: sizes of the model.
         directory: where to create a temporary directory, which is removed; None: the system's default.
         show: called with each line of progress.
+        html: file for the page of the plan, which stays; None: no page.
 
     Raises:
         UnsupportedError: transformers is not installed.
-        WriteError: the temporary directory cannot be created.
+        WriteError: the temporary directory cannot be created, or the page cannot be written.
         ConversionError: a step failed; the error has the end of its output.
     """
     parent = tempfile.gettempdir() if directory is None else directory
@@ -89,9 +94,13 @@ def run_demo(
         show(f"writing a checkpoint of {model.layers} layers with {model.experts} experts each ...")
         written = next(events)
         show(
-            f"{written['tensors']} tensors in {written['files']} files, {written['bytes'] / 1e9:.2f} GB, "
+            f"{written['tensors']} tensors in {written['files']} files, {size_text(written['bytes'])}, "
             f"written with transformers in {written['seconds']:.0f} s to {written['directory']}"
         )
+        if html is not None:
+            with write_errors(str(html), "the page"):
+                write_page(html, written["page"])
+            show(f"its plan, to look at in a browser: {html}")
         show(f"loading it {RUNS} times with each package, every time in a new process ...")
         runs: dict[str, list[DemoLoad]] = {method: [] for method in METHODS}
         for event in events:

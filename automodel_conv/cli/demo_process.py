@@ -27,6 +27,7 @@ import automodel_conv
 from automodel_conv.cli.demo import METHODS, TINY, DemoLoad, DemoModel
 from automodel_conv.cli.measuring import PeakMemory, ready_memory
 from automodel_conv.execution.cores import cores
+from automodel_conv.planning.plan_picture import plan_page
 from automodel_conv.upstream.registry import transformers_available
 
 
@@ -67,12 +68,15 @@ def _write(model: DemoModel, directory: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     checkpoint = automodel_conv.open_checkpoint(directory)
     files = list(directory.glob("*.safetensors"))
+    plan = automodel_conv.compile_plan(checkpoint)
+    title = f"The demo: {model.layers} layers with {model.experts} experts each"
     return {
         "directory": str(directory),
         "tensors": len(checkpoint.names),
         "files": len(files),
         "bytes": sum(file.stat().st_size for file in files),
         "seconds": seconds,
+        "page": plan_page(plan, plan.unused_sources, title, {}),
     }
 
 

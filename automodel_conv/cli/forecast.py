@@ -13,6 +13,7 @@ from automodel_conv.execution.fallbacks import fallback_calls
 from automodel_conv.execution.host import DEFAULT_SCRATCH_BYTES, bytes_of_slot
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.planning.regions import Region
 from automodel_conv.planning.sharding import placed
 from automodel_conv.schedule.calls import calls_of_load
 
@@ -112,12 +113,7 @@ def coordinate_of(rank: int, sizes: Sequence[int]) -> tuple[int, ...]:
 
 
 def _cost(checkpoint: Checkpoint, plan: CopyPlan, mesh: Mapping[str, int], coordinate: tuple[int, ...]) -> RankCost:
-    sizes = tuple(mesh.values())
-    regions = {
-        target.name: placed(target.shape, sizes, coordinate, placements(target.name, target.shape, mesh))
-        for target in plan.targets
-    }
-    part = plan.shard(regions)
+    part = plan.shard(regions_at(plan, mesh, coordinate))
     targets = [target for target in part.targets if target.fallback is None and prod(target.shape)]
     slot_bytes = bytes_of_slot(_THREADS, DEFAULT_SCRATCH_BYTES)
     copies = [target.copies for target in targets]
@@ -126,6 +122,27 @@ def _cost(checkpoint: Checkpoint, plan: CopyPlan, mesh: Mapping[str, int], coord
     files = {*np.unique(calls.file).tolist(), *(checkpoint.file_ids[row] for row in rows)}
     read_bytes = int(calls.nbytes.sum()) + sum(checkpoint.nbytes[row] for row in rows)
     return RankCost(coordinate, part.bytes_written, read_bytes, len(calls.file) + len(rows), len(files))
+
+
+def regions_at(plan: CopyPlan, mesh: Mapping[str, int], coordinate: Sequence[int]) -> dict[str, Region]:
+    """Return the region of each target that the rank at a coordinate of a mesh holds; see ``forecast``."""
+    sizes = tuple(mesh.values())
+    return {
+        target.name: placed(target.shape, sizes, coordinate, placements(target.name, target.shape, mesh))
+        for target in plan.targets
+    }
+
+
+def regions_by_rank(plan: CopyPlan, costs: Forecast, mesh: Mapping[str, int]) -> dict[str, dict[str, Region]]:
+    """Return the regions of the targets that each forecast rank holds, by a label such as "rank 3: ep=1, fsdp=0"."""
+    regions = {}
+    for cost in costs.ranks:
+        rank = 0
+        for position, size in zip(cost.coordinate, mesh.values(), strict=True):
+            rank = rank * size + position
+        places = ", ".join(f"{name}={position}" for name, position in zip(mesh, cost.coordinate, strict=True))
+        regions[f"rank {rank}: {places}"] = regions_at(plan, mesh, cost.coordinate)
+    return regions
 
 
 def placements(name: str, shape: Sequence[int], mesh: Mapping[str, int]) -> list[Any]:

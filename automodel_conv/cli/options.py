@@ -5,13 +5,16 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from automodel_conv.cli import completion
+from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.files.source_options import SourceOptions
 from automodel_conv.planning.layouts import LAYOUTS, PER_EXPERT
 from automodel_conv.recipes import RECIPES
@@ -33,7 +36,10 @@ SourceArgument = Annotated[
 ]
 LayoutOption = Annotated[
     str | None,
-    typer.Option(help=f"Layout of the routed experts: {', '.join(LAYOUTS)}. Default: the model's."),
+    typer.Option(
+        help=f"Layout of the routed experts: {', '.join(LAYOUTS)}. Default: the model's.",
+        autocompletion=completion.layouts,
+    ),
 ]
 ProgressOption = Annotated[bool | None, typer.Option(help="Show a progress bar. Default: only on a terminal.")]
 StepsOption = Annotated[
@@ -43,18 +49,29 @@ StepsOption = Annotated[
         help="Show the current step if planning takes longer than a second. Default: only on a terminal.",
     ),
 ]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Number of threads. Default: chosen for this machine.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Number of threads. Default: chosen for this machine.")
+]
 NewLayoutOption = Annotated[
     str | None,
-    typer.Option(help=f"Layout of the routed experts: {', '.join([*LAYOUTS, PER_EXPERT])}. Default: the model's."),
+    typer.Option(
+        help=f"Layout of the routed experts: {', '.join([*LAYOUTS, PER_EXPERT])}. Default: the model's.",
+        autocompletion=completion.new_layouts,
+    ),
 ]
 SourceLayoutOption = Annotated[
     str | None,
-    typer.Option(help="Layout of the source's grouped experts. Default: the one in its files, or else the model's."),
+    typer.Option(
+        help="Layout of the source's grouped experts. Default: the one in its files, or else the model's.",
+        autocompletion=completion.new_layouts,
+    ),
 ]
 NewDtypeOption = Annotated[
     str | None,
-    typer.Option(help="Dtype of floating tensors, such as bfloat16. Default: the source's."),
+    typer.Option(
+        help="Dtype of floating tensors: bfloat16, ... or auto. Default: the source's.",
+        autocompletion=completion.dtypes,
+    ),
 ]
 DequantizeOption = Annotated[
     bool,
@@ -67,6 +84,12 @@ DropOption = Annotated[
         help="Leave out tensors with matching names, such as 'model.layers.61.*'. An error if none match. "
         "May be repeated.",
     ),
+]
+HtmlOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Write a page that shows it, for a browser, to this file.")
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object to stdout, with the result or the error.")
 ]
 ShardSizeOption = Annotated[str, typer.Option(help="Maximum size of an output file, such as 5GB or 300MiB.")]
 ResumeOption = Annotated[bool, typer.Option(help="Continue interrupted work, or start again.")]
@@ -82,6 +105,7 @@ RecipeOption = Annotated[
     typer.Option(
         metavar="NAME",
         help=f"Use the rules of a recipe, for types that transformers does not have: {', '.join(sorted(RECIPES))}.",
+        autocompletion=completion.recipes,
     ),
 ]
 
@@ -139,15 +163,15 @@ def _source_options(
     return {name: value for name, value in options.items() if value}  # type: ignore[return-value]
 
 
-def with_source_options(command: Callable[..., None]) -> Callable[..., None]:
+def with_source_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate a command with the parameter ``source``, which is filled by options for each of ``SourceOptions``."""
     shared = inspect.signature(_source_options, eval_str=True).parameters
     own = inspect.signature(command, eval_str=True).parameters
     parameters = [*(parameter for name, parameter in own.items() if name != "source"), *shared.values()]
 
     @wraps(command)
-    def called(**values: Any) -> None:
-        command(source=_source_options(**{name: values.pop(name) for name in shared}), **values)
+    def called(**values: Any) -> Any:
+        return command(source=_source_options(**{name: values.pop(name) for name in shared}), **values)
 
     called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -186,7 +210,7 @@ def rules_of(model: bool, recipe: str | None) -> list[Any] | None:
     if not model:
         raise typer.BadParameter("it excludes --no-model, which keeps all names", param_hint="--recipe")
     if recipe not in RECIPES:
-        raise typer.BadParameter(f"no recipe {recipe!r}, only {', '.join(sorted(RECIPES))}", param_hint="--recipe")
+        raise no_such("recipe", recipe, sorted(RECIPES), "--recipe")
     return RECIPES[recipe]()
 
 
@@ -195,17 +219,33 @@ def show_progress(progress: bool | None) -> bool:
     return sys.stderr.isatty() if progress is None else progress
 
 
-def dtype_named(name: str | None) -> torch.dtype | None:
-    """Return the torch dtype that an option names.
+def dtype_named(name: str | None) -> torch.dtype | str | None:
+    """Return the torch dtype that an option names, or "auto".
 
     Raises:
-        typer.BadParameter: torch has no such dtype.
+        typer.BadParameter: tensors cannot be cast to a dtype of this name.
     """
     if name is None:
         return None
-    import torch
+    from automodel_conv.upstream.given_dtypes import given_dtype, similar_name
 
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise typer.BadParameter(f"torch has no dtype {name!r}", param_hint="--dtype")
-    return dtype
+    try:
+        return given_dtype(name)
+    except UnsupportedError:
+        raise no_such("dtype", name, completion.dtypes(), "--dtype", similar_name(name)) from None
+
+
+def no_such(kind: str, name: str, known: Sequence[str], option: str, similar: str | None = None) -> typer.BadParameter:
+    """Return the error for the name of something that does not exist.
+
+    Args:
+        kind: what the name is of.
+        name: the name.
+        known: the names that exist.
+        option: the option that has the name.
+        similar: the name to suggest. None: the one of ``known`` that looks like it, if there is one.
+    """
+    if similar is None:
+        similar = next(iter(get_close_matches(name.lower(), known, 1)), None)
+    do = f"write {option} {similar}" if similar else None
+    return typer.BadParameter(message(f"no {kind} {name!r}", expected=", ".join(known), do=do), param_hint=option)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -9,17 +12,12 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from automodel_conv.errors import listing
+from automodel_conv.errors import listing, printable
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from rich.table import Table
-
-
-def count_of(number: int, noun: str) -> str:
-    """Return a number with its noun: "1 file", "2 files"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def print_names(carried: tuple[str, ...], left_out: tuple[str, ...]) -> None:
@@ -66,20 +64,66 @@ def resumable(resume: bool) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def write_json(file: Path, text: str) -> None:
-    """Write the file that ``--json`` names.
-
-    Raises:
-        typer.BadParameter: it cannot be written.
-    """
+@contextmanager
+def writes_option(option: str, file: Path) -> Iterator[None]:
+    """Print that the block wrote the file that an option names; ``typer.BadParameter`` if it cannot."""
     try:
-        file.write_text(text, encoding="utf-8")
+        yield
     except OSError as error:
-        raise typer.BadParameter(str(error), param_hint="--json") from None
+        raise typer.BadParameter(f"{error.strerror}: {error.filename}", param_hint=option) from None
+    typer.echo(f"wrote {printable(str(file))}", err=True)
+
+
+def refuse_unwritable(option: str, file: Path) -> None:
+    """Raise ``typer.BadParameter`` if the file that an option names cannot be written, before work that takes long."""
+    folder = file.parent
+    if file.is_dir():
+        number = errno.EISDIR
+    elif not folder.is_dir():
+        number = errno.ENOENT
+    elif not os.access(file if file.exists() else folder, os.W_OK):
+        number = errno.EACCES
+    else:
+        return
+    raise typer.BadParameter(f"{os.strerror(number)}: {file}", param_hint=option)
+
+
+@contextmanager
+def errors_of_output() -> Iterator[None]:
+    """Print one error if the block cannot write to stdout, such as to a file on a full disk, and exit."""
+    try:
+        yield
+    except OSError as error:
+        if not _stdout_fails():
+            raise
+        typer.echo(f"error: the output cannot be written: {error.strerror}", err=True)
+        sys.exit(1)
+
+
+def _stdout_fails() -> bool:
+    """Return whether stdout refuses an empty line; what was printed to it is thrown away then."""
+    if sys.stdout is None:
+        return False
+    try:
+        typer.echo()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # Python flushes stdout once more when it ends
+        os.close(nowhere)
+        return True
+    return False
+
+
+def output_width() -> int:
+    """Return the columns of the terminal, or 100 if stdout is not a terminal."""
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()  # None: the shell closed it (>&-)
+    return shutil.get_terminal_size().columns if is_terminal else 100
 
 
 def print_table(table: Table) -> None:
-    """Print a table, as wide as the terminal; 100 columns wide if stdout is not a terminal."""
+    """Print a table as wide as the output; text that does not fit continues on the next line, and nothing is cut."""
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    for column in table.columns:
+        column.overflow = "fold"
+    Console(width=output_width()).print(table)

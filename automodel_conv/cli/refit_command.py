@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from automodel_conv.cli.options import StepsOption, dtype_named, show_progress, with_source_options
-from automodel_conv.cli.printing import print_table, write_json
+from automodel_conv.cli.completion import dtypes
+from automodel_conv.cli.options import JsonOption, StepsOption, dtype_named, show_progress, with_source_options
+from automodel_conv.cli.printing import print_table
 from automodel_conv.files.source_options import SourceOptions
 
 
@@ -33,11 +33,14 @@ def refit_plan(
         str, typer.Option(help="Maximum size of a bucket: a number of bytes, or such as 256MiB.")
     ] = "256MiB",
     dtype: Annotated[
-        str | None, typer.Option(help="Dtype of the engine's floating tensors. Default: the one in config.json.")
+        str | None,
+        typer.Option(
+            help="Dtype of the engine's floating tensors. Default: the one in config.json.", autocompletion=dtypes
+        ),
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the forecast to this file, with each link.")] = None,
+    json: JsonOption = False,
     progress: StepsOption = None,
-) -> None:
+) -> object:
     """Print what a refit would cost: bytes by rank and link, messages, rounds and memory.
 
     Reads only config.json and headers. The ranks need not exist.
@@ -45,6 +48,7 @@ def refit_plan(
     from automodel_conv.cli.engine_mesh import parse_engine_mesh
     from automodel_conv.cli.forecast import parse_mesh
     from automodel_conv.cli.refit_plan import described_model, refit_plan
+    from automodel_conv.cli.results.refits import refit_planned
     from automodel_conv.cli.steps import step_line
     from automodel_conv.cli.tables import divisions_table
     from automodel_conv.files.shards import parse_size
@@ -55,10 +59,11 @@ def refit_plan(
         begin_step("headers")
         model = described_model(path, source, dtype_named(dtype))
         plan = refit_plan(model, *meshes, bucket, begin_step)
+    if json:
+        return refit_planned(plan)
     print_table(divisions_table(plan.divided))
     typer.echo(plan.forecast)
     if plan.busiest_link is not None:
         sender, receiver = plan.busiest_link
         typer.echo(f"the busiest link is from rank {sender} to rank {receiver}; ranks of the trainer come first")
-    if json is not None:
-        write_json(json, plan.to_json())
+    return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -58,35 +57,20 @@ class RefitPlan:
         links = self.forecast.links
         return max(links, key=links.__getitem__) if links else None
 
-    def to_json(self) -> str:
-        """Return the forecast as JSON, with the bytes of each rank and of each link."""
-        forecast = self.forecast
-        value = {
-            "bytes_sent": forecast.bytes_sent,
-            "bytes_received": forecast.bytes_received,
-            "imbalance": forecast.imbalance,
-            "messages": forecast.messages,
-            "rounds": forecast.rounds,
-            "peak_extra_bytes": forecast.peak_extra_bytes,
-            "left_out": forecast.left_out,
-            "links": [[*link, nbytes] for link, nbytes in sorted(forecast.links.items())],
-            "divided": [{**part._asdict(), "division": part.division.value} for part in self.divided],
-        }
-        return json.dumps(value)
 
-
-def described_model(path: str, source: SourceOptions, dtype: torch.dtype | None) -> nn.Module:
+def described_model(path: str, source: SourceOptions, dtype: torch.dtype | str | None) -> nn.Module:
     """Return the model of a ``config.json`` on the meta device.
 
     Args:
         path: a checkpoint, of which headers are read; or a directory that has a ``config.json`` and no weights.
         source: how to reach it.
-        dtype: dtype of the model; None: the config's.
+        dtype: dtype of the model; None or "auto": the config's.
 
     Raises:
         CheckpointError, UnsupportedError: see ``open_checkpoint`` and ``meta_model``; or nothing states a dtype.
     """
     checkpoint = _opened(os.path.expanduser(path), source)
+    dtype = None if isinstance(dtype, str) else dtype
     if dtype is None and not checkpoint.names and stated_dtype(checkpoint.directory) is None:
         raise UnsupportedError(
             message(

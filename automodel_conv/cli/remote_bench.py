@@ -18,7 +18,7 @@ import torch
 
 from automodel_conv.cli.bench import DEFAULT_SAMPLE_BYTES, sample_of
 from automodel_conv.compiling.planned import compile_plan
-from automodel_conv.errors import UnsupportedError, message
+from automodel_conv.errors import UnsupportedError, message, rate_text
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.host import load_to_host
 from automodel_conv.execution.workers import run_concurrently
@@ -27,6 +27,7 @@ from automodel_conv.files.remote.connections import Traffic
 from automodel_conv.files.source import OpenSource
 from automodel_conv.files.source_options import SourceSettings
 from automodel_conv.schedule.requests import CONNECTIONS, LEAST_REQUEST_BYTES
+from automodel_conv.types import LayoutName
 
 SECONDS = 3.0
 """Time of the reads with each number of connections, and about that of the load."""
@@ -55,29 +56,29 @@ class RemoteBench:
     """Time to compile the plan, without imports."""
     wait_seconds: float
     """Time from a request for a few bytes to its answer; the median of several."""
-    rates: Mapping[int, float]
+    gb_per_s: Mapping[int, float]
     """GB/s of ranges that are read and thrown away, by number of connections."""
     load_bytes: int
     """Bytes that the load read."""
     load_seconds: float
     """Time of the load, without opening and planning."""
     connections: int
-    """Number of connections of the load, and the largest of ``rates``."""
+    """Number of connections of the load, and the largest of ``gb_per_s``."""
     retries: int
     """Number of requests that were repeated, in all."""
 
     @property
-    def load_rate(self) -> float:
+    def load_gb_per_s(self) -> float:
         """GB/s of the load."""
         return self.load_bytes / 1e9 / self.load_seconds
 
     @property
     def bound(self) -> str:
         """Name of what bounds the load: "machine", "latency" or "link"."""
-        if self.load_rate < _SHARE * max(self.rates.values()):
+        if self.load_gb_per_s < _SHARE * max(self.gb_per_s.values()):
             return "machine"
-        fewer = [rate for count, rate in self.rates.items() if count != self.connections]
-        most = max(self.rates[self.connections], self.load_rate)  # the load has as many connections
+        fewer = [rate for count, rate in self.gb_per_s.items() if count != self.connections]
+        most = max(self.gb_per_s[self.connections], self.load_gb_per_s)  # the load has as many connections
         return "latency" if fewer and most > _GAIN * max(fewer) else "link"
 
 
@@ -86,8 +87,8 @@ def remote_bench(
     settings: SourceSettings,
     *,
     rules: Sequence[Any] | None = None,
-    layout: str | None = None,
-    dtype: torch.dtype | None = None,
+    layout: LayoutName | None = None,
+    dtype: torch.dtype | str | None = None,
     most_bytes: int = DEFAULT_SAMPLE_BYTES,
     threads: int | None = None,
     seconds: float | None = None,
@@ -133,7 +134,7 @@ def remote_bench(
         open_seconds=opened - start,
         plan_seconds=planned - opened,
         wait_seconds=_wait_seconds(checkpoint, ranges),
-        rates=rates,
+        gb_per_s=rates,
         load_bytes=stats.bytes_read,
         load_seconds=load_seconds,
         connections=most,
@@ -143,11 +144,11 @@ def remote_bench(
 
 def remote_advice(result: RemoteBench) -> str:
     """Return what bounds these loads and how to make them faster, in a few sentences."""
-    best, connections = max(result.rates.values()), result.connections
+    best, connections = max(result.gb_per_s.values()), result.connections
     if result.bound == "machine":
         return (
-            f"This machine: it reads {best:.2f} GB/s and places {result.load_rate:.2f} GB/s. If bytes are transposed, "
-            "cast or decoded, a checkpoint that was converted once to the layout and dtype of the load "
+            f"This machine: it reads {rate_text(best)} and places {rate_text(result.load_gb_per_s)}. If bytes are "
+            "transposed, cast or decoded, a checkpoint that was converted once to the layout and dtype of the load "
             "(automodel-conv convert) is read directly into place."
         )
     if result.bound == "latency":
@@ -156,8 +157,8 @@ def remote_advice(result: RemoteBench) -> str:
             f"connections are the fastest. Load with more: --threads {2 * connections}."
         )
     return (
-        f"The link, or the server: {connections} connections read {result.rates[connections]:.2f} GB/s, and more would "
-        "not be faster. A node cache or a copy on a disk that is faster saves further loads the way."
+        f"The link, or the server: {connections} connections read {rate_text(result.gb_per_s[connections])}, and more "
+        "would not be faster. A node cache or a copy on a disk that is faster saves further loads the way."
     )
 
 

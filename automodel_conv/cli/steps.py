@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -43,7 +44,8 @@ class _StepLine:
 
     def __init__(self, stream: TextIO):
         self._stream = stream
-        self._start, self._end = (_ERASE, "") if stream.isatty() else ("", "\n")
+        erases = stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._start, self._end = (_ERASE, "") if erases else ("", "\n")
         self._step = ""
         self._is_shown = False
         self._lock = threading.Lock()

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from automodel_conv.cli.demo import RUNS
+from automodel_conv.errors import rate_text
 
 if TYPE_CHECKING:
     from automodel_conv.cli.bench import Bench
@@ -42,8 +43,7 @@ def converted_table(report: ConvertReport, verified: bool) -> Table:
     """Return the table of a conversion."""
     from automodel_conv.publishing.convert_report import converted_rows
 
-    compared = "; the output was read back and compared" if verified else ""
-    table = two_columns(f"seconds include imports and planning{compared}")
+    table = two_columns("the output was read back and compared" if verified else None)
     _add_rows(table, converted_rows(report))
     return table
 
@@ -143,22 +143,22 @@ def demo_table(result: DemoResult) -> Table:
         caption=f"seconds: median of {RUNS} loads; memory: peak above the level before a load; "
         "resident memory includes pages of mapped files",
     )
-    for title in ("seconds", "GB/s", "allocated", "resident", "equal bytes"):
+    for title in ("seconds", "speed", "allocated", "resident", "equal bytes"):
         table.add_column(title, justify="right")
     for method, load in result.loads.items():
         table.add_row(
             f"{method} {result.versions[method]}",
             f"{load.seconds:.2f}",
-            f"{result.file_bytes / 1e9 / load.seconds:.2f}",
-            _gigabytes(load.anonymous_bytes),
-            _gigabytes(load.resident_bytes),
+            rate_text(result.file_bytes / 1e9 / load.seconds),
+            _memory_text(load.anonymous_bytes),
+            _memory_text(load.resident_bytes),
             "" if method == "transformers" else "no" if result.different else "all",
         )
     return table
 
 
-def _gigabytes(nbytes: int | None) -> str:
-    return "-" if nbytes is None else f"{nbytes / 1e9:.2f} GB"
+def _memory_text(nbytes: int | None) -> str:
+    return "-" if nbytes is None else decimal(nbytes)
 
 
 def bench_tables(result: Bench) -> list[Table]:
@@ -172,9 +172,11 @@ def bench_tables(result: Bench) -> list[Table]:
     counts.add_row("transposed, interleaved, cast or decoded", f"{result.scratch_nbytes / result.sample_nbytes:.0%}")
     counts.add_row("seconds to open, to plan", f"{result.open_seconds:.3f}, {result.plan_seconds:.3f}")
     counts.add_row("in the page cache before the first read", _cached_text(result))
-    first = f"{result.sample_nbytes / 1e9 / result.first_seconds:.2f} GB/s"
+    first = rate_text(result.sample_nbytes / 1e9 / result.first_seconds)
     counts.add_row("first read", f"{first}{_origin_text(result.cached)}")
-    touched = f"{result.touch_gb_per_s:.2f} GB/s in huge pages, {result.touch_small_gb_per_s:.2f} in small ones"
+    touched = (
+        f"{rate_text(result.touch_gb_per_s)} in huge pages, {rate_text(result.touch_small_gb_per_s)} in small ones"
+    )
     counts.add_row("first write to new memory, one thread", touched)
     counts.add_row("setting for huge pages", result.huge_pages or "unknown")
     counts.add_row("pages chosen by loads", str(result.pages))
@@ -182,14 +184,14 @@ def bench_tables(result: Bench) -> list[Table]:
     roof_note = f"roof: the bytes are only read into new memory, with pages of the faster size (mostly {size})"
     caption = f"after the first read, so from the page cache; medians of {BENCH_RUNS}; {roof_note}"
     speeds = Table("threads", caption=caption)
-    for title in ("roof, GB/s", "load, GB/s", "load, seconds", "of the roof"):
+    for title in ("roof", "load", "load, seconds", "of the roof"):
         speeds.add_column(title, justify="right")
     for threads, seconds in result.load_seconds.items():
         roof = result.roof_seconds[threads]
         speeds.add_row(
             f"{threads} (default)" if threads == result.default_threads else str(threads),
-            f"{result.sample_nbytes / 1e9 / roof:.2f}",
-            f"{result.sample_nbytes / 1e9 / seconds:.2f}",
+            rate_text(result.sample_nbytes / 1e9 / roof),
+            rate_text(result.sample_nbytes / 1e9 / seconds),
             f"{seconds:.3f}",
             f"{roof / seconds:.2f}",
         )
@@ -206,11 +208,11 @@ def remote_bench_tables(result: RemoteBench) -> list[Table]:
     counts.add_row("wait for an answer", f"{1000 * result.wait_seconds:.1f} ms")
     counts.add_row("requests repeated", str(result.retries))
     speeds = Table("connections", caption="bare: ranges are read and thrown away; a load places their bytes")
-    for title in ("bare, GB/s", "load, GB/s"):
+    for title in ("bare", "load"):
         speeds.add_column(title, justify="right")
-    for connections, rate in result.rates.items():
-        load = f"{result.load_rate:.2f}" if connections == result.connections else ""
-        speeds.add_row(str(connections), f"{rate:.2f}", load)
+    for connections, rate in result.gb_per_s.items():
+        load = rate_text(result.load_gb_per_s) if connections == result.connections else ""
+        speeds.add_row(str(connections), rate_text(rate), load)
     return [counts, speeds]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -21,6 +22,9 @@ from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.copies import Decode, SourceTable, Target
 from automodel_conv.planning.quantization import arranged_plan
 from automodel_conv.planning.wanted import TargetSpec
+
+# Names of a checkpoint that are compared with a pattern, to suggest one; a comparison takes some 20 us.
+_MOST_COMPARED = 100_000
 
 
 def checked_patterns(patterns: str | Iterable[str]) -> list[str]:
@@ -50,7 +54,9 @@ def dropped_rows(names: Sequence[str], patterns: str | Iterable[str]) -> frozens
         if not rows:
             expected = "a whole name of the checkpoint, or a pattern such as 'model.layers.61.*'"
             found = f"{pattern!r}; names of the checkpoint:\n{listing(names, 3)}"
-            raise UnsupportedError(message("no tensor to drop has this name", expected=expected, found=found))
+            similar = get_close_matches(pattern, names, 1, 0.8) if len(names) <= _MOST_COMPARED else []
+            do = f"write {similar[0]!r}" if similar else None
+            raise UnsupportedError(message("no tensor to drop has this name", expected=expected, found=found, do=do))
         dropped.update(rows)
     return frozenset(dropped)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -28,6 +29,8 @@ from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.problems import Problems
 from automodel_conv.upstream.models import tied_names
 from automodel_conv.upstream.registry import models_are_imported, without_ignored
+
+_LOG = logging.getLogger(__name__)
 
 
 class Opened(NamedTuple):
@@ -73,6 +76,7 @@ def open_to_load(
     clock.lap("open")
     if given is not None:
         fitted, problems = fitted_plan(given, checkpoint, model, state, settings.strict, in_place)
+        _warn_of_unfilled(problems, checkpoint)
         return Opened(checkpoint, fitted, problems, model)
     builds = model is None and settings.rules is None
     with while_importing(checkpoint) if builds else nullcontext():
@@ -84,7 +88,16 @@ def open_to_load(
         in_files=checkpoint.position,
         model_is_built=builds,
     )
+    _warn_of_unfilled(problems, checkpoint)
     return Opened(checkpoint, plan, problems, model)
+
+
+def _warn_of_unfilled(problems: Problems, checkpoint: Checkpoint) -> None:
+    """Log the number of targets that a load leaves as they are; with ``strict`` they are an error instead."""
+    unfilled = [*problems.missing, *(name for name, *_ in problems.mismatched)]
+    if unfilled:
+        text = "%d targets keep their values, because no tensor of %s fits them; the first is %s"
+        _LOG.warning(text, len(unfilled), checkpoint.path, unfilled[0])
 
 
 def while_importing(checkpoint: Checkpoint) -> AbstractContextManager[None]:

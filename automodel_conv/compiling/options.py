@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypedDict
+from typing import Any, TypedDict
 
 import torch
 
@@ -17,6 +17,7 @@ from automodel_conv.execution.cores import cores, default_reader_threads
 from automodel_conv.execution.filling import Limits
 from automodel_conv.files.source_options import SourceOptions, SourceSettings
 from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.types import Broadcast, LayoutInFiles, LayoutName, LoaderCalls
 
 AdapterArgument = str | os.PathLike[str] | Sequence[tuple[str | os.PathLike[str], float]]
 """The path of an adapter, or paths and weights of several."""
@@ -29,13 +30,13 @@ class PlanOptions(TypedDict, total=False):
     """Rule objects of transformers that rename and merge tensors; ``automodel_conv.recipes`` has some. None: the
     model's own rules. ``[]``: keep the checkpoint's names."""
 
-    layout: str | None
+    layout: LayoutName | None
     """Layout of the routed experts in memory: "transformers", "nemo", "gpt_oss" or "vllm"; or, as vLLM's kernels read
     them, "vllm_w31", "vllm_trtllm", "vllm_trtllm_padded" or "vllm_deepep". None: the layout of the model's own
     parameters. For ``load_model`` it states the layout that the model's experts already have, if the modules are not
     transformers' own."""
 
-    source_layout: str | None
+    source_layout: LayoutInFiles | None
     """Layout of grouped experts in the checkpoint: a layout, or "per_expert", the form in which the type is published.
     None: the layout that the files state (those written by this package do), or else the model's. It is an error if the
     model's shapes contradict that layout or do not determine it."""
@@ -43,10 +44,11 @@ class PlanOptions(TypedDict, total=False):
     key_mapping: Mapping[str, str] | None
     """``{pattern: replacement}``, applied to names before the rules, as in ``from_pretrained``. None: no renames."""
 
-    dtype: torch.dtype | None
-    """Dtype of the floating-point targets. None: a parameter keeps its own dtype. On the meta device that is the dtype
-    in which the model was built, float32 unless you chose another. Without a model, targets have the dtype that
-    ``from_pretrained`` would choose: that of ``config.json`` or, if it states none, of the first tensor by name. Three
+    dtype: torch.dtype | str | None
+    """Dtype of the floating-point targets: a dtype of torch, its name ("bfloat16"), or "auto", as in
+    ``from_pretrained``: the dtype that ``config.json`` states, or else the index, or else that of the first
+    floating-point tensor by name. None: a parameter keeps its own dtype. On the meta device that is the dtype in which
+    the model was built, float32 unless you chose another. Without a model, targets have the dtype of "auto". Three
     kinds of targets without a value differ. Parameters that transformers keeps in float32 are float32. All targets of
     one rule have the dtype of its first target. Tensors of quantized checkpoints that transformers does not cast keep
     the dtype in the file. Codes that are kept, and their scales, are never cast. If ``dtype`` is given, ``load_model``
@@ -154,7 +156,7 @@ class LoadOptions(PlanOptions, ReadOptions, total=False):
     """Compare all tensors with the checksums that ``save_checkpoint(checksums=True)`` wrote, before anything is loaded.
     This reads the files once more. Default: False."""
 
-    broadcast: bool | Literal["node"]
+    broadcast: Broadcast
     """Read parts of a DTensor that several ranks hold only once: the first of these ranks reads them, and sends them to
     the others in place. ``"node"``: the first rank of each node reads them for its node, so that nodes send nothing to
     each other; ranks with one host name are on one node. False: each rank reads its own. Default: False."""
@@ -186,7 +188,7 @@ class TraceOptions(ReadOptions, total=False):
         torch.Size([3, 2])
     """
 
-    calls: Literal["pairs", "dict"]
+    calls: LoaderCalls
     """What the loading code is called with: an iterator of pairs of names and tensors, or a dict of tensors by name.
     Default: "pairs"."""
 
@@ -209,10 +211,10 @@ class PlanSettings:
     """The values of ``PlanOptions``, with the defaults of those that the caller left out."""
 
     rules: Iterable[Any] | None = None
-    layout: str | None = None
-    source_layout: str | None = None
+    layout: LayoutName | None = None
+    source_layout: LayoutInFiles | None = None
     key_mapping: Mapping[str, str] | None = None
-    dtype: torch.dtype | None = None
+    dtype: torch.dtype | str | None = None
     dequantize: bool = True
 
     def given(self) -> Mapping[str, object]:
@@ -258,7 +260,7 @@ class LoadSettings(ReadSettings, PlanSettings):
     device_map: Mapping[str, str | int | torch.device] | None = None
     strict: bool = True
     verify: bool = False
-    broadcast: bool | Literal["node"] = False
+    broadcast: Broadcast = False
     memory_map: bool = False
 
 
@@ -266,7 +268,7 @@ class LoadSettings(ReadSettings, PlanSettings):
 class TraceSettings(ReadSettings):
     """The values of ``TraceOptions``, with the defaults of those that the caller left out."""
 
-    calls: Literal["pairs", "dict"] = "pairs"
+    calls: LoaderCalls = "pairs"
     device: str | torch.device | None = None
     trace_cache: str | os.PathLike[str] | None = None
     trace_key: str | None = None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -27,14 +29,19 @@ from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.problems import Problems
 from automodel_conv.planning.wanted import AsStored
 from automodel_conv.upstream.from_config import meta_model
-from automodel_conv.upstream.models import checked_dtype
+from automodel_conv.upstream.given_dtypes import dtype_for, given_dtype
+from automodel_conv.upstream.given_rules import given_rules
 from automodel_conv.upstream.stored_dtypes import dequantizer, left_as_stored
 from automodel_conv.upstream.wrappers import plain_model
+
+_LOG = logging.getLogger(__name__)
 
 
 def check_options(settings: PlanSettings) -> None:
     """Raise UnsupportedError for a layout or a dtype that no checkpoint and no model can have."""
-    checked_dtype(settings.dtype)
+    given_dtype(settings.dtype)
+    if not isinstance(settings.rules, Iterator):  # which can be read only once
+        given_rules(settings.rules)
     for name, others in ((settings.layout, ()), (settings.source_layout, (PER_EXPERT,))):
         if name is not None and name not in others:
             get_layout(name, *others)
@@ -53,10 +60,13 @@ def load_plan(
         there are neither a model nor rules.
     """
     check_options(settings)
-    layout, source_layout, dtype = settings.layout, settings.source_layout, settings.dtype
-    rules = None if settings.rules is None else list(settings.rules)
+    layout, source_layout = settings.layout, settings.source_layout
+    rules = given_rules(settings.rules)
     if model is None and rules is None:
-        model, dtype = meta_model(checkpoint, dtype), None
+        given = given_dtype(settings.dtype)
+        model, dtype = meta_model(checkpoint, None if isinstance(given, str) else given), None
+    else:
+        dtype = dtype_for(settings.dtype, checkpoint)
     if settings.dequantize:
         table = decoded_table(checkpoint, needs_values=model is not None)
     else:
@@ -88,6 +98,10 @@ def load_plan(
     stated = stated_layout(checkpoint, source_layout)
     if keeps_names:
         layout = "transformers" if source_layout in LAYOUTS else stated
+    _LOG.info("planned the load of %s: %d targets of %d sources", checkpoint.path, len(plan.targets), len(table.names))
+    if plan.fallbacks:
+        first, count = plan.fallbacks[0], len(plan.fallbacks)
+        _LOG.info("transformers' own code computes %d targets, the first is %s", count, first)
     return replace(plan, layout=layout, source_layout=stated), problems, model
 
 

@@ -23,6 +23,7 @@ from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.relayout import relayout
 from automodel_conv.planning.unmarked import refuse_contradictions, refuse_grouped
 from automodel_conv.planning.wanted import TargetSpec
+from automodel_conv.upstream.given_rules import given_rules
 from automodel_conv.upstream.models import model_targets
 from automodel_conv.upstream.registry import saving_order, saving_rules
 from automodel_conv.upstream.rules import RuleSet
@@ -53,7 +54,7 @@ def saving_plan(
         UnsupportedError: the experts are not in the layout of the model or of the rules, and no ``layout`` is given; or
             the rules split such experts but do not match their names.
     """
-    rules = None if rules is None else list(rules)
+    rules = given_rules(rules)
     if model is not None or rules or layout is not None or reference is not None:
         table = plain_table(table, None if model is None else model.state_dict())
     if reference is not None:

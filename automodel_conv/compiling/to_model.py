@@ -44,6 +44,7 @@ from automodel_conv.planning.relayout import relayout
 from automodel_conv.planning.schemes import kv_cache_rows
 from automodel_conv.planning.unmarked import refuse_other_layouts, refuse_unknown_layout
 from automodel_conv.planning.wanted import AsStored, TargetSpec
+from automodel_conv.upstream.given_rules import given_rules
 from automodel_conv.upstream.models import model_targets, tied_names
 from automodel_conv.upstream.per_expert_rules import per_expert_rules
 from automodel_conv.upstream.registry import (
@@ -93,7 +94,7 @@ def loading_plan(
     Raises:
         UnsupportedError: the layout is unknown, or the model contradicts it.
     """
-    rules = None if rules is None else list(rules)
+    rules = given_rules(rules)
     objects = model_rules(model, key_mapping, quantizer) if rules is None else [*key_renamings(key_mapping), *rules]
     has_targets = targets is not None
     if targets is None and model is not None and not produce_all:

@@ -28,7 +28,8 @@ def as_device(device: object, where: str | None = None) -> torch.device:
         except RuntimeError:  # torch has no device of that name
             pass
     expected = _devices(torch.cuda.device_count())
-    raise UnsupportedError(message("not a device", where=where, expected=expected, found=repr(device)))
+    do = '{device="cpu"} loads to the CPU'
+    raise UnsupportedError(message(f"not a device: {device!r}", where=where, expected=expected, do=do))
 
 
 def loadable(device: DeviceLike, where: str | None = None) -> torch.device:
@@ -57,7 +58,7 @@ def loadable(device: DeviceLike, where: str | None = None) -> torch.device:
                 f"cannot load to {device}",
                 where=where,
                 expected=_devices(count),
-                do="load to the CPU and move the model",
+                do=('{device="cpu"} loads to the CPU', "load to the CPU and move the model"),
             )
         )
     return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)

@@ -20,6 +20,7 @@ from automodel_conv.files.checkpoint import Checkpoint, rows_by_file
 from automodel_conv.files.header import parse_object, read_limited, with_open
 from automodel_conv.files.shards import CHECKSUMS_NAME
 from automodel_conv.files.source import OpenSource, opened
+from automodel_conv.progress import bytes_progress, ignore
 from automodel_conv.schedule.requests import LEAST_REQUEST_BYTES
 
 _MOST_BYTES = 500_000_000
@@ -27,10 +28,15 @@ _WINDOW_BYTES = 1 << 20
 _MOST_THREADS = 16
 
 
-def checksums_of(checkpoint: Checkpoint, threads: int) -> dict[str, str]:
+def checksums_of(checkpoint: Checkpoint, threads: int, advance: Callable[[int], None] = ignore) -> dict[str, str]:
     """Return the checksum of each tensor, by name.
 
     Files are read one after another, 1 MiB at a time in each thread, by at most 16 threads.
+
+    Args:
+        checkpoint: the checkpoint.
+        threads: number of threads that read.
+        advance: function that is called with each number of bytes read.
 
     Raises:
         ReadError: a file cannot be read.
@@ -38,7 +44,7 @@ def checksums_of(checkpoint: Checkpoint, threads: int) -> dict[str, str]:
     checksums: dict[str, str] = {}
     for source, rows in zip(checkpoint.sources, rows_by_file(checkpoint), strict=True):
         with opened(source) as file:
-            start = partial(_checksum_worker, checkpoint, file, checksums)
+            start = partial(_checksum_worker, checkpoint, file, checksums, advance)
             run_in_threads(_groups(rows, checkpoint), min(threads, _MOST_THREADS), start, abort=file.abort)
     return {name: checksums[name] for name in checkpoint.names}
 
@@ -57,7 +63,7 @@ def _groups(rows: Sequence[int], checkpoint: Checkpoint) -> list[list[int]]:
 
 
 def _checksum_worker(
-    checkpoint: Checkpoint, file: OpenSource, checksums: dict[str, str]
+    checkpoint: Checkpoint, file: OpenSource, checksums: dict[str, str], advance: Callable[[int], None]
 ) -> Callable[[Sequence[int]], None]:
     window = memoryview(bytearray(_WINDOW_BYTES))
 
@@ -73,6 +79,7 @@ def _checksum_worker(
             part = window[: min(_WINDOW_BYTES, nbytes - done)]
             file.read_into([part], start + done)
             checksum = zlib.crc32(part, checksum)
+            advance(len(part))
         checksums[checkpoint.names[row]] = f"{checksum:08x}"
 
     return add_checksums
@@ -83,8 +90,13 @@ def checksums_text(checksums: dict[str, str]) -> bytes:
     return (json.dumps({"algorithm": "crc32", "tensors": checksums}, indent=2, sort_keys=True) + "\n").encode()
 
 
-def verify_checksums(checkpoint: Checkpoint, threads: int) -> int:
+def verify_checksums(checkpoint: Checkpoint, threads: int, progress: bool = False) -> int:
     """Compare all tensors with the checksums next to the checkpoint, and return the bytes that were read.
+
+    Args:
+        checkpoint: the checkpoint.
+        threads: number of threads that read.
+        progress: whether to show a progress bar.
 
     Raises:
         VerificationError: there is no checksum file, it has an unknown format, or tensors have different bytes or no
@@ -105,7 +117,8 @@ def verify_checksums(checkpoint: Checkpoint, threads: int) -> int:
     expected = record.get("tensors")
     if record.get("algorithm") != "crc32" or not isinstance(expected, dict):
         raise VerificationError(message("the checksum file has an unknown format", where=path))
-    actual = checksums_of(checkpoint, threads)
+    with bytes_progress(sum(checkpoint.nbytes), "verifying", progress) as advance:
+        actual = checksums_of(checkpoint, threads, advance)
     lines = [f"{name}: no checksum" for name in actual if name not in expected]
     lines += [f"{name}: not in the checkpoint" for name in expected if name not in actual]
     files = dict(zip(checkpoint.names, checkpoint.file_ids, strict=True))

@@ -48,3 +48,8 @@ def share_of_cores(usable: int, machine: int, ranks: int) -> int:
 def default_reader_threads(most: int) -> int:
     """Return the default number of reader threads of one rank: its share of the cores, at most ``most``."""
     return min(share_of_cores(cores(), os.cpu_count() or 1, ranks_on_this_node()), most)
+
+
+def is_at_least(number: object, least: int) -> bool:
+    """Return whether a number of threads or bytes that a caller gives is an integer, and large enough."""
+    return isinstance(number, int) and number >= least

@@ -28,11 +28,23 @@ from torch import Tensor
 from automodel_conv.errors import ConversionError, message
 from automodel_conv.execution.buffers import byte_view, raw_bytes
 from automodel_conv.execution.copy_batch import uses_kernels
-from automodel_conv.execution.cores import default_reader_threads
+from automodel_conv.execution.cores import default_reader_threads, is_at_least
 from automodel_conv.execution.load import add_note, prepare_load, run_load
 from automodel_conv.execution.protocols import Device, Event, Stream
 from automodel_conv.execution.reading import OpenFiles, read
 from automodel_conv.execution.stats import CopyCounts, LoadStats
+from automodel_conv.execution.timeline import (
+    COMPILE,
+    DEVICE,
+    KERNELS,
+    LAUNCH,
+    SCHEDULE,
+    SLOT,
+    UPLOAD,
+    WINDOW,
+    Lane,
+    Recorder,
+)
 from automodel_conv.execution.window_copies import WindowCopies
 from automodel_conv.execution.workers import Stopped, raise_if_stopped, wait_until_first_error
 from automodel_conv.files.checkpoint import Checkpoint
@@ -146,8 +158,11 @@ def load_to_device(
     """
     device_scratch_bytes = DEFAULT_DEVICE_SCRATCH_BYTES if device_scratch_bytes is None else device_scratch_bytes
     scratch_sizes = [size for size in (scratch_bytes, device_scratch_bytes) if size is not None]
-    if (threads is not None and threads < 1) or min(scratch_sizes) < LEAST_SCRATCH_BYTES:
-        arguments = f"threads={threads}, scratch_bytes={scratch_bytes}, device_scratch_bytes={device_scratch_bytes}"
+    can_run = threads is None or is_at_least(threads, 1)
+    if not (can_run and all(is_at_least(size, LEAST_SCRATCH_BYTES) for size in scratch_sizes)):
+        arguments = (
+            f"threads={threads!r}, scratch_bytes={scratch_bytes!r}, device_scratch_bytes={device_scratch_bytes!r}"
+        )
         raise ConversionError(
             message(
                 "cannot load with these threads, scratch_bytes and device_scratch_bytes",
@@ -156,6 +171,7 @@ def load_to_device(
             )
         )
     ring = ring_of(threads, scratch_bytes)
+    recorder = Recorder(checkpoint.is_remote)
     load = prepare_load(plan, checkpoint, buffers)
     if backend != "auto":  # "auto" never raises, so it needs no check before the first read
         uses_kernels(backend, load.tensors)
@@ -168,9 +184,12 @@ def load_to_device(
         slot_bytes=ring.slot_bytes,
         window_bytes=window_bytes,
     )
-    stream = _DeviceLoad(chunks, windows, load.tensors, checkpoint, device, backend, stop)
-    bytes_copied = sum(chunk.nbytes for chunk in chunks)
-    return run_load(load, bytes_copied, partial(stream.run, ring.threads), stream.unfinished, progress, stop)
+    stream = _DeviceLoad(chunks, windows, load.tensors, checkpoint, device, backend, stop, recorder)
+    bytes_copied = sum([chunk.nbytes for chunk in chunks])
+    recorder.main.lap(SCHEDULE)
+    run = partial(stream.run, ring.threads)
+    stats = run_load(load, bytes_copied, run, stream.unfinished, progress, stop, recorder.main)
+    return stats._replace(spans=recorder.recorded())
 
 
 class _Slot:
@@ -194,10 +213,13 @@ class _DeviceLoad:
         device: Device,
         backend: str,
         stop: threading.Event | None,
+        recorder: Recorder,
     ):
+        self._recorder = recorder
         self._windows = windows
         self._tensors = tensors
         self._checkpoint = checkpoint
+        self._is_remote = checkpoint.is_remote
         self._device = device
         self._backend = backend
         self._stop_event = stop
@@ -211,6 +233,9 @@ class _DeviceLoad:
         self._filled: dict[int, Event] = {}  # by region, recorded once the uploads into its window are queued
         self._emptied: dict[int, Event] = {}  # by window, recorded once its copies are queued
         self._compiled: Future[frozenset[Variant] | None] = Future()
+        self._is_compiling = True
+        self._chosen: frozenset[Variant] | None = None
+        """Result of ``_compiled``, once it is not compiling any more."""
         self._gap_bytes = 0
         self._counts = CopyCounts(0, 0)
         self._without_kernels: str | None = None
@@ -225,7 +250,7 @@ class _DeviceLoad:
         """
         self._advance = advance
         threads = max(1, min(threads, len(self._not_uploaded)))
-        slot_bytes = align_up(max((chunk.nbytes for chunk in self._not_uploaded.values()), default=0))
+        slot_bytes = align_up(max([chunk.nbytes for chunk in self._not_uploaded.values()], default=0))
         region_bytes = align_up(max((window.nbytes for window in self._windows), default=0))
         pinned = self._device.pinned(threads * _SLOTS * slot_bytes)
         slots = deque(_Slot(memory) for memory in pinned.view(threads * _SLOTS, slot_bytes))
@@ -273,7 +298,9 @@ class _DeviceLoad:
                 worker.result()
 
     def _synchronize(self, stream: Stream) -> None:
+        self._recorder.main.restart()
         stream.record().synchronize()
+        self._recorder.main.lap(DEVICE)
         self._streams_done += 1
 
     def _release(self) -> None:
@@ -303,6 +330,7 @@ class _DeviceLoad:
             raise
 
     def _read_chunks(self, slots: Sequence[_Slot]) -> None:
+        lane = self._recorder.lane()
         for slot in cycle(slots):
             if self._stop_event is not None and self._stop_event.is_set():
                 self._stop()
@@ -314,17 +342,20 @@ class _DeviceLoad:
                 return
             if slot.uploaded is not None:
                 slot.uploaded.synchronize()
-            if self._checkpoint.is_remote:
+                lane.lap(SLOT)
+            if self._is_remote:
                 for file, ranges in ranges_of([chunk.reads]).items():
                     self._files.expect(file, ranges)
             gap_bytes = read(chunk.reads, self._checkpoint, self._files, [slot.view])
-            self._upload(chunk, slot)
+            lane.read_lap(chunk.nbytes + gap_bytes)
+            self._upload(chunk, slot, lane)
+            lane.lap(UPLOAD)
             with self._changed:
                 self._gap_bytes += gap_bytes
                 del self._not_uploaded[number]
             self._advance(chunk.nbytes)
 
-    def _upload(self, chunk: Chunk, slot: _Slot) -> None:
+    def _upload(self, chunk: Chunk, slot: _Slot, lane: Lane) -> None:
         """Queue the uploads of a chunk out of a slot, and the copies out of each window that it fills up."""
         pairs: list[tuple[Tensor, Tensor]] = []
         for target, uploads in chunk.to_targets.items():
@@ -332,15 +363,15 @@ class _DeviceLoad:
                 self._target_bytes[target] = raw_bytes(self._tensors[target])
             pairs += _copy_pairs(uploads, slot, self._target_bytes[target])
         for window, uploads in chunk.to_windows.items():
-            self._wait_for_region(window)
+            self._wait_for_region(window, lane)
             self._copy_stream.copy_all(pairs + _copy_pairs(uploads, slot, self._regions[window % _REGIONS]))
             pairs = []
-            self._empty_if_full(window)
+            self._empty_if_full(window, lane)
         if pairs:
             self._copy_stream.copy_all(pairs)
         slot.uploaded = self._copy_stream.record(slot.uploaded)
 
-    def _wait_for_region(self, window: int) -> None:
+    def _wait_for_region(self, window: int, lane: Lane) -> None:
         """Make the copy stream wait for the copies out of the previous window in the same region.
 
         The thread itself waits until these copies are queued.
@@ -350,13 +381,16 @@ class _DeviceLoad:
         """
         previous = window - _REGIONS
         if previous >= 0:
-            with self._changed:
-                self._changed.wait_for(lambda: self._stopped or previous in self._emptied)
-                if self._stopped:
-                    raise Stopped
+            if previous not in self._emptied:
+                lane.lap(UPLOAD)
+                with self._changed:
+                    self._changed.wait_for(lambda: self._stopped or previous in self._emptied)
+                lane.lap(WINDOW)
+            if self._stopped:
+                raise Stopped
             self._copy_stream.wait(self._emptied[previous])
 
-    def _empty_if_full(self, window: int) -> None:
+    def _empty_if_full(self, window: int, lane: Lane) -> None:
         """Count a chunk of a window as queued, and queue the copies out of the window after its last chunk."""
         with self._changed:
             self._chunks_left[window] -= 1
@@ -366,8 +400,13 @@ class _DeviceLoad:
         region = window % _REGIONS
         self._filled[region] = self._copy_stream.record(self._filled.get(region))
         self._compute_stream.wait(self._filled[region])
-        chosen = self._compiled.result()
-        self._compute_stream.run(lambda: self._copy_window(window, chosen))
+        lane.lap(UPLOAD)
+        if self._is_compiling:
+            self._chosen = self._compiled.result()
+            self._is_compiling = False
+            lane.lap(KERNELS)
+        self._compute_stream.run(lambda: self._copy_window(window, self._chosen))
+        lane.lap(LAUNCH)
         emptied = self._compute_stream.record(self._emptied.get(window - _REGIONS))
         with self._changed:
             self._emptied[window] = emptied
@@ -384,14 +423,17 @@ class _DeviceLoad:
 
         Triton is imported and started in this thread, too.
         """
+        lane = self._recorder.lane("compiler")
         device = self._regions[0].device
         if self._backend != "torch" and device.type != "cpu":
             self._without_kernels = why_not(device)
         if not uses_kernels(self._backend, self._tensors):
+            lane.lap(COMPILE)
             return None
         chosen = self._window_copies.variants(MOST_COMPILED)
         if chosen:
             self._compute_stream.run(lambda: compile_ahead(chosen, device))
+        lane.lap(COMPILE)
         return chosen
 
 

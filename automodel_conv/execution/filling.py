@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -29,6 +30,8 @@ from automodel_conv.planning.copies import Target
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.progress import SharedBar, shared_progress
 from automodel_conv.schedule.requests import CONNECTIONS
+
+_LOG = logging.getLogger(__name__)
 
 
 class Limits(NamedTuple):
@@ -138,7 +141,7 @@ def fill(
     stats: dict[torch.device, LoadStats] = {}
     errors: dict[torch.device, BaseException] = {}
     note = None if checkpoint.traffic is None else checkpoint.traffic.text
-    with shared_progress("loading", progress, note) as bar:
+    with shared_progress("reading", progress, note) as bar:
 
         def fill_part(part: _Part, share: Limits) -> None:
             try:
@@ -160,6 +163,10 @@ def fill(
                 _add_device_notes(part, error, part.device in stats, errors.get(part.device, error))
             errors.clear()  # their tracebacks hold the memory of the loads
             raise
+    for device, one in stats.items():
+        _LOG.debug("load to %s: %d threads, new memory: %s", device, one.threads, one.pages)
+    if checkpoint.traffic is not None:
+        _LOG.debug("requests: %r", checkpoint.traffic)
     return {part.device: stats[part.device] for part in parts}
 
 

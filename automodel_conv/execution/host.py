@@ -13,13 +13,14 @@ from torch import Tensor
 from automodel_conv.errors import ConversionError, message
 from automodel_conv.execution.buffers import byte_view, dtype_of
 from automodel_conv.execution.copying import COPY_BYTES, COPY_RATIO, copy_equal
-from automodel_conv.execution.cores import default_reader_threads
+from automodel_conv.execution.cores import default_reader_threads, is_at_least
 from automodel_conv.execution.host_decoding import decode_codes
 from automodel_conv.execution.load import prepare_load, run_load
 from automodel_conv.execution.new_memory import NewMemory
 from automodel_conv.execution.reading import OpenFiles, read
 from automodel_conv.execution.stats import LoadStats
 from automodel_conv.execution.thread_policy import ThreadPolicy
+from automodel_conv.execution.timeline import COPY, DECODE, MEMORY, SCHEDULE, Recorder
 from automodel_conv.execution.workers import run_in_threads
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import Checkpoint
@@ -96,14 +97,15 @@ def load_to_host(
     adapts = threads is None
     threads = default_threads(plan.bytes_written) if threads is None else threads
     scratch_bytes = DEFAULT_SCRATCH_BYTES if scratch_bytes is None else scratch_bytes
-    if threads < 1 or scratch_bytes < LEAST_SCRATCH_BYTES:
+    if not (is_at_least(threads, 1) and is_at_least(scratch_bytes, LEAST_SCRATCH_BYTES)):
         raise ConversionError(
             message(
                 "cannot load with these threads and scratch_bytes",
                 expected=f"threads >= 1, scratch_bytes >= {LEAST_SCRATCH_BYTES}",
-                found=f"threads={threads}, scratch_bytes={scratch_bytes}",
+                found=f"threads={threads!r}, scratch_bytes={scratch_bytes!r}",
             )
         )
+    recorder = Recorder(checkpoint.is_remote)
     load = prepare_load(plan, checkpoint, buffers)
     threads = min(threads, scratch_bytes // (ALIGN_BYTES * (1 + COPY_RATIO)))
     slot_bytes = bytes_of_slot(threads, scratch_bytes)
@@ -114,14 +116,15 @@ def load_to_host(
 
     groups = group_by_requests(jobs, threads) if checkpoint.is_remote else one_by_one(jobs)
 
-    run = partial(
-        _run_jobs, jobs, groups, checkpoint, load.tensors, ThreadPolicy(threads, most), huge_pages, done, stop
-    )
+    policy = ThreadPolicy(threads, most)
+    run = partial(_run_jobs, jobs, groups, checkpoint, load.tensors, policy, huge_pages, done, stop, recorder)
+    recorder.main.lap(SCHEDULE)
 
     def unfinished() -> set[int]:
         return {target for number, job in enumerate(jobs) if number not in done for target in job.targets}
 
-    return run_load(load, sum(job.total_bytes for job in jobs), run, unfinished, progress, stop)
+    stats = run_load(load, sum(job.total_bytes for job in jobs), run, unfinished, progress, stop, recorder.main)
+    return stats._replace(spans=recorder.recorded())
 
 
 def bytes_of_slot(threads: int, scratch_bytes: int) -> int:
@@ -163,6 +166,7 @@ def _run_jobs(
     huge_pages: bool | None,
     done: set[int],
     stop: threading.Event | None,
+    recorder: Recorder,
     advance: Callable[[int], None],
 ) -> LoadStats:
     """Run groups of jobs in threads; ``done`` collects the numbers of the finished jobs, even if this raises."""
@@ -175,6 +179,7 @@ def _run_jobs(
     def start() -> Callable[[JobGroup], None]:
         scratch = torch.empty(slot_bytes, dtype=torch.uint8, device="cpu")
         scratch_view = [byte_view(scratch)]
+        lane = recorder.lane()
 
         def run_group(group: JobGroup) -> None:
             for file, ranges in group.ranges.items():
@@ -184,12 +189,19 @@ def _run_jobs(
                 if isinstance(job, ReadAndCopy):
                     copies = job.copies
                     memory.populate_for(copies)
+                    lane.lap(MEMORY)
                     gaps.append(read(job.reads, checkpoint, files, scratch_view))
-                    decode_codes(job.rectangles, scratch)
+                    lane.read_lap(job.total_bytes + gaps[-1])
+                    if job.rectangles:
+                        decode_codes(job.rectangles, scratch)
+                        lane.lap(DECODE)
                     _copy(copies, scratch, tensors)
+                    lane.lap(COPY)
                 else:
                     memory.populate_for(job.reads)
+                    lane.lap(MEMORY)
                     gaps.append(read(job.reads, checkpoint, files, views))
+                    lane.read_lap(job.total_bytes + gaps[-1])
                 done.add(number)
                 advance(job.total_bytes)
 

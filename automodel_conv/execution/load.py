@@ -15,6 +15,7 @@ from automodel_conv.execution.buffers import BufferCopies, checked_buffer, fill_
 from automodel_conv.execution.fallbacks import FallbackCall, fallback_calls, run_fallback
 from automodel_conv.execution.reading import read_whole
 from automodel_conv.execution.stats import LoadStats
+from automodel_conv.execution.timeline import UPSTREAM, Lane
 from automodel_conv.execution.workers import raise_if_stopped
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.copies import StridedCopy, Target
@@ -82,6 +83,7 @@ def run_load(
     unfinished: Callable[[], set[int]],
     progress: SharedBar | bool,
     stop: threading.Event | None,
+    lane: Lane,
 ) -> LoadStats:
     """Run an executor, then transformers' own code; add the names of the complete targets to any error.
 
@@ -93,21 +95,25 @@ def run_load(
             returned or raised.
         progress: whether to draw a progress bar, or a bar that several loads share.
         stop: event that any thread may set. Once it is set, no further call of transformers' code starts.
+        lane: records the calls of transformers' code.
 
     Raises:
         Stopped: ``stop`` was set before all work was done.
     """
     bytes_read = bytes_copied + load.whole_bytes
     written: list[str] = []
-    with bytes_progress(bytes_read, "loading", progress) as advance:
+    with bytes_progress(bytes_read, "reading", progress) as advance:
         try:
             for target, tensor in zip(load.targets, load.tensors, strict=True):
                 fill_constants(target, tensor)
             stats = run(advance)
             for call in load.calls:
                 raise_if_stopped(stop)
+                lane.restart()
                 sources = {row: read_whole(row, load.checkpoint) for row in call.rows}
+                lane.read_lap(load.bytes_of(call))
                 run_fallback(call, sources, load.buffers)
+                lane.lap(UPSTREAM)
                 written += [target.name for target in call.targets]
                 advance(load.bytes_of(call))
         except BaseException as error:

@@ -13,7 +13,7 @@ import statistics
 from collections import deque
 from typing import NamedTuple
 
-from automodel_conv.errors import size_text
+from automodel_conv.errors import rate_text, size_text
 
 # Each size is measured this many times before one is preferred. The lower of the two measurements counts, so one may be
 # disturbed.
@@ -54,7 +54,7 @@ class PageUse(NamedTuple):
             return "no new memory of 4 MiB or more"
         sizes = (("huge", self.huge_bytes, self.huge_gb_per_s), ("small", self.small_bytes, self.small_gb_per_s))
         parts = [
-            f"{size} pages for {size_bytes / nbytes:.0%}" + (f" ({speed:.1f} GB/s)" if speed else "")
+            f"{size} pages for {size_bytes / nbytes:.0%}" + (f" ({rate_text(speed)})" if speed else "")
             for size, size_bytes, speed in sorted(sizes, key=lambda size: -size[1])
             if size_bytes
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -9,18 +10,24 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from automodel_conv.errors import size_text
+from automodel_conv.errors import rate_text, size_text
 from automodel_conv.execution.page_policy import PageUse
-from automodel_conv.execution.report_text import Row, cost_rows, count_row, memory_row, text_of
+from automodel_conv.execution.report_text import Report, Row, cells_of, cost_rows, count_row, memory_row, phase_rows
 from automodel_conv.execution.stats import LoadStats
+from automodel_conv.execution.timeline import FILL, FINISH, OPEN, PHASES, PLAN, VERIFY, Span, Timeline, timeline_of
+from automodel_conv.execution.timeline_picture import timeline_page
+from automodel_conv.execution.timeline_words import seconds_text
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.files.remote.connections import Traffic
+from automodel_conv.pictures.page import FilePath, in_frame, table, write_page
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.problems import Problems
 
+_LOG = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
-class LoadReport:
+
+@dataclass(frozen=True, repr=False)
+class LoadReport(Report):
     """The outcome of a load; ``print`` shows it.
 
     Attributes:
@@ -31,7 +38,7 @@ class LoadReport:
         fallbacks: names of targets that transformers' own code computed, because strided copies cannot.
         bytes_read: bytes of tensor data that were requested from the files. A read continues across a gap of at most
             64 KiB between bytes that the targets need; the bytes of such gaps count. Mapped targets are not read.
-        seconds: seconds by phase: ``open``, ``plan``, ``read``.
+        seconds: seconds by phase: ``open``, ``plan``, ``read``, and ``verify`` if checksums were compared.
         peak_extra_bytes: upper bound of the memory used in addition to the final buffers, in bytes: scratch on the host
             and on the devices, and second copies of parameters that the checkpoint has under two names, unless they
             are mapped. Memory that transformers' own code allocates is not included.
@@ -55,6 +62,7 @@ class LoadReport:
         retries: number of requests that were repeated because of a fault that passed.
         connections: largest number of connections that were open at the same time.
         bytes_received: bytes of all answers, with headers of files and copies of small files.
+        timeline: what each thread did, when, and what it waited for. Equal reports may differ in it.
 
     Example:
         >>> import torch
@@ -94,14 +102,56 @@ class LoadReport:
     retries: int = 0
     connections: int = 0
     bytes_received: int = 0
+    timeline: Timeline = field(default=Timeline(), compare=False, repr=False)
 
     @property
     def gb_per_s(self) -> float:
         """10^9 bytes read per second of the read phase, without mapped bytes."""
         return self.bytes_read / 1e9 / max(self.seconds["read"], 1e-9)
 
-    def __str__(self) -> str:
-        return text_of(load_rows(self))
+    def _rows(self) -> list[Row]:
+        return load_rows(self)
+
+    def _repr_html_(self) -> str:
+        """Return the table of the report and the picture of its timeline, for a notebook."""
+        height = min(720, 310 + 22 * len(self.timeline.lanes))
+        frame = in_frame(timeline_page(self.timeline, self._title, []), height, "timeline of a load")
+        return table(cells_of(load_rows(self))) + frame
+
+    def to_html(self, file: FilePath, *, title: str | None = None) -> None:
+        """Write a page that shows the timeline of the load: what each thread did, when, and what it waited for.
+
+        The page is one file, which loads nothing from anywhere. Each bar says what it is when the pointer is over it.
+        Below the picture, a sentence says what bound the load, and one for each kind of wait how long all threads
+        together waited. The rows of the report follow.
+
+        Args:
+            file: path of the page; an existing file is replaced.
+            title: title of the page. None: the bytes and seconds of the load.
+
+        Raises:
+            OSError: the file cannot be written.
+
+        Example:
+            >>> import torch
+            >>> from automodel_conv import load_state_dict
+            >>> from pathlib import Path
+            >>> from safetensors.torch import save_file
+            >>> from tempfile import TemporaryDirectory
+            >>> with TemporaryDirectory() as directory:
+            ...     save_file({"weight": torch.ones(2, 3)}, f"{directory}/model.safetensors")
+            ...     report = load_state_dict(directory, rules=[]).report
+            ...     report.to_html(f"{directory}/load.html", title="my load")
+            ...     text = Path(directory, "load.html").read_text()
+            >>> "<title>my load</title>" in text, "thread 1 read 24 bytes" in text
+            (True, True)
+        """
+        page = timeline_page(self.timeline, self._title if title is None else title, cells_of(load_rows(self)))
+        write_page(file, page)
+
+    @property
+    def _title(self) -> str:
+        return f"load of {size_text(self.bytes_read)} in {seconds_text(self.timeline.seconds)}"
 
 
 def load_rows(report: LoadReport) -> list[Row]:
@@ -113,8 +163,7 @@ def load_rows(report: LoadReport) -> list[Row]:
         rows.append(Row("received", size_text(report.bytes_received)))
         rows += [Row("requests", requests), Row("connections, at most", str(report.connections))]
     rows.append(Row("seconds", f"{sum(report.seconds.values()):.3f}"))
-    labels = {"plan": "plan, with imports"}
-    rows += [Row(f"seconds: {labels.get(phase, phase)}", f"{s:.3f}") for phase, s in report.seconds.items()]
+    rows += phase_rows(report.seconds)
     rows += [memory_row(report.peak_extra_bytes), Row("threads, at most", str(report.threads))]
     rows += [] if report.pages is None else [Row("new memory", str(report.pages))]
     rows.append(count_row("computed by transformers' own code", report.fallbacks))
@@ -148,23 +197,51 @@ class LoadedStateDict(dict[str, Tensor]):
     layout: str | None = None
     """Layout that the caller requested, or that the files state if names are kept. None: the model's own layout."""
 
+    def __repr__(self) -> str:
+        return tensors_text(self)
+
+
+def tensors_text(tensors: Mapping[str, Tensor]) -> str:
+    """Return the number and size of tensors by name as one line, without their values."""
+    distinct = {id(tensor): tensor.nbytes for tensor in tensors.values()}  # tied names share one tensor
+    size = size_text(sum(distinct.values()))
+    return f"<{type(tensors).__name__}: {len(tensors)} tensors, {size}; report says more>"
+
+
+_KIND_OF_PHASE: dict[str | None, str] = {"open": OPEN, "plan": PLAN, "verify": VERIFY, "read": FILL}
+
 
 class Clock:
-    """Seconds by phase."""
+    """Seconds by phase, and a span for each lap."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = dict.fromkeys(("open", "plan", "read"), 0.0)
+        self.spans: list[Span] = []
         self.restart()
+        self.start = self._last
 
     def restart(self) -> None:
         """Begin a lap now, so that the time since the last lap counts for no phase."""
         self._last = time.perf_counter()
 
-    def lap(self, phase: str) -> None:
-        """Add the time since the last lap to a phase."""
+    def lap(self, phase: str | None, kind: str = "") -> None:
+        """End a span now, and add its time to a phase.
+
+        Args:
+            phase: ``open``, ``plan``, ``verify`` or ``read``; None for no phase.
+            kind: kind of the span; "" for that of the phase.
+        """
         now = time.perf_counter()
-        self.seconds[phase] += now - self._last
+        if phase is not None:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self.spans.append(Span(PHASES, kind or _KIND_OF_PHASE[phase], self._last, now))
         self._last = now
+
+    def timeline(self, stats: Mapping[torch.device, LoadStats]) -> Timeline:
+        """Return the timeline of a load that ends now; the time since the last lap is its last span."""
+        now = time.perf_counter()
+        phases = [*self.spans, Span(PHASES, FINISH, self._last, now)]
+        return timeline_of(phases, {str(device): one.spans for device, one in stats.items()}, self.start, now)
 
 
 def report_of(
@@ -179,7 +256,7 @@ def report_of(
 ) -> LoadReport:
     """Build the report of a load from its plan, problems, times and statistics by device."""
     traffic = Traffic() if checkpoint.traffic is None else checkpoint.traffic
-    return LoadReport(
+    report = LoadReport(
         missing_keys=tuple(problems.missing),
         unexpected_keys=tuple(problems.unexpected),
         mismatched_keys=tuple(problems.mismatched),
@@ -201,4 +278,10 @@ def report_of(
         retries=traffic.retries,
         connections=traffic.most_connections,
         bytes_received=traffic.bytes_received,
+        timeline=clock.timeline(stats),
     )
+    size, rate = size_text(report.bytes_read), rate_text(report.gb_per_s)
+    _LOG.info("loaded %s: %s in %.3f s, %s", checkpoint.path, size, report.seconds["read"], rate)
+    if report.without_kernels is not None:
+        _LOG.warning("copies on the device run without kernels, which is slower: %s", report.without_kernels)
+    return report

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
-from automodel_conv.errors import listing, printable, size_text
+from automodel_conv.errors import listing, printable, rate_text, size_text
+from automodel_conv.pictures.page import table
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 NAMES_SHOWN = 3
 """Number of names that a report prints of each kind."""
+_MOST_IN_REPR = 130
 
 
 class Row(NamedTuple):
@@ -30,7 +35,13 @@ def count_row(label: str, names: Iterable[object]) -> Row:
 
 def cost_rows(action: str, nbytes: int, gb_per_s: float) -> list[Row]:
     """Return the rows of the bytes that were read or written, and of the speed."""
-    return [Row(action, size_text(nbytes)), Row("speed", f"{gb_per_s:.2f} GB/s")]
+    return [Row(action, size_text(nbytes)), Row("speed", rate_text(gb_per_s))]
+
+
+def phase_rows(seconds: Mapping[str, float]) -> list[Row]:
+    """Return a row for the seconds of each phase."""
+    labels = {"plan": "plan, with imports"}
+    return [Row(f"seconds: {labels.get(phase, phase)}", f"{value:.3f}") for phase, value in seconds.items()]
 
 
 def memory_row(nbytes: int) -> Row:
@@ -51,3 +62,49 @@ def text_of(rows: Iterable[Row]) -> str:
         if row.names:
             lines.append(listing(row.names, NAMES_SHOWN))
     return printable("\n".join(lines))
+
+
+class Report:
+    """The ways in which all reports are shown: ``print`` as lines, rich and notebooks as a table, ``repr`` in short."""
+
+    def _rows(self) -> list[Row]:
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return text_of(self._rows())
+
+    def __repr__(self) -> str:
+        return short_text(type(self).__name__, self._rows())
+
+    def __rich__(self) -> Table:
+        """Return the table that ``rich.print`` shows."""
+        from rich.table import Table
+        from rich.text import Text
+
+        shown = Table(show_header=False)
+        shown.add_column(overflow="fold")
+        shown.add_column(justify="right")
+        for cells in cells_of(self._rows()):
+            shown.add_row(*map(Text, cells))
+        return shown
+
+    def _repr_html_(self) -> str:
+        """Return the table that a notebook shows."""
+        return table(cells_of(self._rows()))
+
+
+def short_text(name: str, rows: Iterable[Row]) -> str:
+    """Return one line of at most 200 characters with a name and the first rows that fit."""
+    facts: list[str] = []
+    for row in rows:
+        fact = f"{row.label}: {row.value}"
+        if len(", ".join([*facts, fact])) > _MOST_IN_REPR:
+            break
+        facts.append(fact)
+    return printable(f"<{name}{': ' if facts else ''}{', '.join(facts)}; print() shows all>")
+
+
+def cells_of(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Return the label of each row, with its first names below it, and its value."""
+    names = [f"\n{listing(row.names, NAMES_SHOWN)}" if row.names else "" for row in rows]
+    return [(printable(row.label + below), printable(row.value)) for row, below in zip(rows, names, strict=True)]

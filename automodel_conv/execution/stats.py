@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from automodel_conv.execution.page_policy import PageUse
+from automodel_conv.execution.timeline import Spans
 
 
 class CopyCounts(NamedTuple):
@@ -38,3 +39,5 @@ class LoadStats(NamedTuple):
     """The largest number of threads that read at the same time."""
     pages: PageUse = PageUse()
     """New host memory by page size."""
+    spans: Spans = Spans()
+    """What each thread did, and when."""

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from automodel_conv.errors import ConversionError, message
+from automodel_conv.errors import ConversionError, message, size_text
 from automodel_conv.execution.buffers import byte_view, dtype_of, raw_bytes
 from automodel_conv.execution.copy_batch import CopyBatch, uses_kernels
 from automodel_conv.execution.copying import COPY_BYTES, COPY_RATIO, copy_equal
-from automodel_conv.execution.cores import cores
+from automodel_conv.execution.cores import cores, is_at_least
 from automodel_conv.execution.host_decoding import decode_codes
 from automodel_conv.execution.protocols import Device
 from automodel_conv.execution.reading import OpenFiles, read
@@ -103,12 +103,12 @@ def split_scratch(
     """
     if threads is None:
         threads = CONNECTIONS if is_remote else min(cores(), _MOST_THREADS)
-    if threads < 1 or scratch_bytes < LEAST_SCRATCH_BYTES:
+    if not (is_at_least(threads, 1) and is_at_least(scratch_bytes, LEAST_SCRATCH_BYTES)):
         raise ConversionError(
             message(
                 "cannot write with these threads and scratch_bytes",
                 expected=f"threads >= 1, scratch_bytes >= {LEAST_SCRATCH_BYTES}",
-                found=f"threads={threads}, scratch_bytes={scratch_bytes}",
+                found=f"threads={threads!r}, scratch_bytes={scratch_bytes!r}",
             )
         )
     threads = min(threads, scratch_bytes // LEAST_SCRATCH_BYTES)
@@ -124,7 +124,7 @@ def create_shard_file(shard: Shard, path: str) -> None:
     Raises:
         WriteError: the file cannot be created, or the disk is full. Not every file system reports a full disk here.
     """
-    with write_errors(path, "a file", f"room for {shard.nbytes} bytes"):
+    with write_errors(path, "a file", f"room for {size_text(shard.nbytes)}"):
         with system.create(path) as file:
             system.reserve(file.fileno(), shard.nbytes)
             write_exactly(file.fileno(), [memoryview(shard.header)], 0, path)

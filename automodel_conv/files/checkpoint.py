@@ -5,31 +5,37 @@ Files that are not on this machine are read by range: first their headers, and t
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 from typing import Any
 
 from typing_extensions import Unpack
 
 from automodel_conv.doors import door, keyword_options
-from automodel_conv.errors import listing
+from automodel_conv.errors import count_of, listing
 from automodel_conv.files import system
+from automodel_conv.files.checkpoint_text import line_of, rows_of
 from automodel_conv.files.choosing import Chosen, refuse_absent
 from automodel_conv.files.header import Header, Item, checkpoint_error, read_header, short, take
 from automodel_conv.files.located import SMALL_NAMES, Located, locate
+from automodel_conv.files.paths import text_of_path
 from automodel_conv.files.remote.connections import Connections, Traffic
 from automodel_conv.files.remote.urls import is_url
 from automodel_conv.files.shards import LAYOUT_KEY
 from automodel_conv.files.source import ByteSource, LocalFile
 from automodel_conv.files.source_options import SourceOptions, SourceSettings
+from automodel_conv.pictures.page import table
+
+_LOG = logging.getLogger(__name__)
 
 _READERS = 16
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Checkpoint:
     """The headers of a checkpoint as columns, with one row per tensor, sorted by file and then by offset.
 
@@ -74,24 +80,32 @@ class Checkpoint:
     path: str
     directory: str
     files: tuple[str, ...]
-    names: list[str] = field(repr=False)
-    dtypes: list[str] = field(repr=False)
-    shapes: list[tuple[int, ...]] = field(repr=False)
-    file_ids: list[int] = field(repr=False)
-    offsets: list[int] = field(repr=False)
-    nbytes: list[int] = field(repr=False)
-    metadata: dict[str, str] = field(repr=False)
-    position: dict[str, int] = field(repr=False)
-    index_metadata: dict[str, Any] | None = field(default=None, repr=False)
-    layouts: tuple[str, ...] = field(repr=False, default=())
-    unindexed: tuple[tuple[str, str], ...] = field(default=(), repr=False)
-    sources: tuple[ByteSource, ...] = field(default=(), repr=False)
-    traffic: Traffic | None = field(default=None, repr=False)
-    headers_only: bool = field(default=False, repr=False)
+    names: list[str]
+    dtypes: list[str]
+    shapes: list[tuple[int, ...]]
+    file_ids: list[int]
+    offsets: list[int]
+    nbytes: list[int]
+    metadata: dict[str, str]
+    position: dict[str, int]
+    index_metadata: dict[str, Any] | None = None
+    layouts: tuple[str, ...] = ()
+    unindexed: tuple[tuple[str, str], ...] = ()
+    sources: tuple[ByteSource, ...] = ()
+    traffic: Traffic | None = None
+    headers_only: bool = False
 
     def __post_init__(self) -> None:
         if not self.sources:
             object.__setattr__(self, "sources", tuple(map(LocalFile, self.files)))
+
+    def __repr__(self) -> str:
+        return line_of(self.path, self.files, self.nbytes)
+
+    def _repr_html_(self) -> str:
+        """Return a table of what the checkpoint has, for a notebook."""
+        others = len(self.unindexed)
+        return table(rows_of(self.path, self.files, self.dtypes, self.nbytes, self.layouts, others))
 
     @property
     def is_remote(self) -> bool:
@@ -162,7 +176,8 @@ def open_source(
     Raises:
         CheckpointError, UnsupportedError: see ``open_checkpoint``.
     """
-    return _read(locate(os.fsdecode(path), settings, companions=companions, whole=whole, weights=weights, small=small))
+    located = locate(text_of_path(path), settings, companions=companions, whole=whole, weights=weights, small=small)
+    return _read(located)
 
 
 def open_files(files: Sequence[tuple[str, str]]) -> Checkpoint:
@@ -228,6 +243,8 @@ def rows_by_file(checkpoint: Checkpoint) -> list[list[int]]:
 
 def _read(located: Located) -> Checkpoint:
     checkpoint = _merge(located.chosen, located.sources, _headers(located.sources, located.connections))
+    tensors, files = count_of(len(checkpoint.names), "tensor"), count_of(len(checkpoint.files), "file")
+    _LOG.info("opened %s: %s in %s", checkpoint.path, tensors, files)
     return replace(checkpoint, traffic=located.traffic)
 
 

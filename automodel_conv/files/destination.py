@@ -11,7 +11,7 @@ was under way and which shards it finished. The same work resumes; other work is
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,6 +30,7 @@ from automodel_conv.files.staging import (
     remove_staging,
 )
 from automodel_conv.files.write_errors import write_errors
+from automodel_conv.progress import ignore
 
 
 class Destination:
@@ -56,6 +57,8 @@ class Destination:
         """Names of the shards that have been compared with their sources."""
         self.checksums: dict[str, dict[str, str]] = {}
         """Checksums of the tensors in each shard that were computed when it was finished, by its name."""
+        self.on_upload: Callable[[int], None] = ignore
+        """Function that is called with the bytes of each shard that was uploaded."""
 
     @property
     def unfinished(self) -> frozenset[str]:

@@ -254,6 +254,9 @@ def _checked_columns(data: bytearray, path: str) -> Columns:
 def _refuse_odd_names(names: list[str], path: str) -> None:
     if (odd := odd_name(names)) is not None:
         found = f"{len(odd)} characters"
+        if len(odd) <= LONGEST_NAME:
+            place = next(place for place, character in enumerate(odd) if not character.isprintable())
+            found = f"U+{ord(odd[place]):04X} at position {place}"
         raise _fault("an invalid tensor name", path, odd, f"at most {LONGEST_NAME} printable characters", found)
 
 

@@ -6,6 +6,7 @@ The cache, tokens, mirrors (``HF_ENDPOINT``) and the offline mode are those of h
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -21,6 +22,8 @@ from automodel_conv.files.header import checkpoint_error
 from automodel_conv.files.remote.urls import without_secrets
 from automodel_conv.files.shards import CHECKSUMS_NAME
 from automodel_conv.files.source_options import SourceSettings
+
+_LOG = logging.getLogger(__name__)
 
 _SMALL = ("*.safetensors.index.json", CONFIG_NAME, MODELOPT_NAME, CHECKSUMS_NAME)
 """Patterns of the files that are downloaded from any repository. They list and describe the weights."""
@@ -151,6 +154,7 @@ def download(repository: Repository, files: Iterable[str], settings: SourceSetti
     """
     absent = [file for file in files if not system.is_file(os.path.join(repository.folder, *file.split("/")))]
     if absent:
+        _LOG.info("downloading %d files of %s", len(absent), repository.name)
         with _hub_errors(
             "files of a repository cannot be downloaded", f"{repository.name}, commit {repository.commit}"
         ):
@@ -184,11 +188,20 @@ def _hub_errors(what: str, where: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, client.HTTPError) as error:
         raise checkpoint_error(
-            what,
+            _reason(error) or what,
             where=where,
             found=f"{type(error).__name__}: {str(error).strip().partition(_LINE_END)[0]}",
             do=_advice(error),
         ) from error
+
+
+def _reason(error: Exception) -> str | None:
+    """Return what is wrong with a repository that exists; None if it does not, or if something else is wrong."""
+    from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return "this repository is gated, and access to it is not granted"
+    return "the repository has no such revision" if isinstance(error, RevisionNotFoundError) else None
 
 
 def _advice(error: Exception) -> str:

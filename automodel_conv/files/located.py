@@ -102,6 +102,9 @@ def locate(
         return _behind_url(path, settings, wanted)
     if system.exists(path):
         directory = os.path.join(path, *settings.subfolder.split("/")) if settings.subfolder else path
+        if not system.exists(directory):
+            do = "check the path and {subfolder=}, which is below it"
+            raise checkpoint_error("no such checkpoint", where=directory, do=do)
         return _on_this_machine(choose_files(os.path.abspath(os.path.join(directory, weights)), settings.variant))
     try:
         if not may_be_repository(path):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypedDict
 
 from automodel_conv.errors import ConversionError, message
+from automodel_conv.files.paths import text_of_path
 from automodel_conv.files.remote.urls import is_url, protocol_of
 
 
@@ -84,7 +85,7 @@ class SourceSettings:
         The token and the cache are left out if the path is a URL of another protocol than ``hf``; another path needs
         them.
         """
-        path = os.fsdecode(path)
+        path = text_of_path(path)
         settings = SourceSettings(**self.source())
         is_elsewhere = is_url(path) and protocol_of(path) != "hf"
         return replace(settings, token=None, cache_dir=None) if is_elsewhere else settings

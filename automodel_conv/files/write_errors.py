@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from automodel_conv.errors import WriteError, message
+from automodel_conv.errors import WriteError, message, size_text
+
+_FREE = "free some space, or choose a directory on another disk"
+_ALLOWED = "choose a directory that you may write to"
+_FILE = "choose another path: a file is where the directory should be"
+_ADVICE = {
+    errno.ENOSPC: _FREE,
+    errno.EDQUOT: _FREE,
+    errno.EFBIG: ("raise the limit of file sizes (ulimit -f)", "pass a smaller {max_shard_size=}"),
+    errno.EACCES: _ALLOWED,
+    errno.EPERM: _ALLOWED,
+    errno.EROFS: _ALLOWED,
+    errno.ENOTDIR: _FILE,
+    errno.EEXIST: _FILE,
+    errno.ENOENT: "create the directory that it should be in, or choose another path",
+}
+"""What to do, by the number of the system's error."""
 
 
 @contextmanager
@@ -26,7 +43,7 @@ def write_errors(path: str, what: str = "to a directory", expected: str | None =
                 where=error.filename or path,
                 expected=expected,
                 found=error,
-                do="check the disk space, the quota and the permissions",
+                do=_ADVICE.get(error.errno or 0, "check the disk space, the quota and the permissions"),
             )
         ) from error
 
@@ -44,8 +61,8 @@ def no_room_error(directory: str, nbytes: int, files: int, free_bytes: int) -> W
         message(
             "the disk has too little room",
             where=directory,
-            expected=f"{nbytes} bytes for {files} files",
-            found=f"{free_bytes} bytes",
+            expected=f"{size_text(nbytes)} for {files} {'file' if files == 1 else 'files'}",
+            found=f"{size_text(free_bytes)} free, {size_text(nbytes - free_bytes)} too few",
             do="remove other files, or choose a directory on another disk",
         )
     )

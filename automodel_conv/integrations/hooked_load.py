@@ -41,6 +41,10 @@ class HookedLoad(NamedTuple):
     bytes_mapped: int = 0
     """Bytes of ``lowered`` that were mapped instead of read (``memory_map=True``)."""
 
+    def __repr__(self) -> str:
+        left = "all" if ALL in self.left else len(self.left)
+        return f"<HookedLoad of {self.model}: {len(self.lowered)} by plan, {left} by transformers; print() shows why>"
+
     def __str__(self) -> str:
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.left.items():

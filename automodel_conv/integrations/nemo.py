@@ -24,6 +24,7 @@ from automodel_conv.in_memory import convert_state_dict, revert_state_dict
 from automodel_conv.planning.code_names import has_codes
 from automodel_conv.planning.layouts import get_layout, holds_experts
 from automodel_conv.recipes import RECIPES
+from automodel_conv.types import LayoutName
 from automodel_conv.upstream.models import state_table
 
 _PACKAGE = "nemo_automodel.components.checkpoint"
@@ -111,10 +112,10 @@ class StateDictAdapter:
     """
 
     def __init__(
-        self, rules: Iterable[Any] = (), *, layout: str | None = "nemo", renames: Mapping[str, str] | None = None
+        self, rules: Iterable[Any] = (), *, layout: LayoutName | None = "nemo", renames: Mapping[str, str] | None = None
     ):
         self._rules = list(rules)
-        self._layout = layout
+        self._layout: LayoutName | None = layout
         self._renames = dict(renames or {})
 
     @classmethod
@@ -216,7 +217,7 @@ def _renamed(tensors: Mapping[str, Tensor], endings: Mapping[str, str]) -> dict[
     return renamed
 
 
-_FAMILIES: Mapping[str, tuple[Mapping[str, str], str | None]] = {
+_FAMILIES: Mapping[str, tuple[Mapping[str, str], LayoutName | None]] = {
     "gpt_oss": (
         {
             "mlp.router.weight": "mlp.gate.weight",

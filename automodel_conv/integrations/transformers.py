@@ -19,6 +19,7 @@ safetensors 0.8.0, ``open`` in ``bindings/python/src/lib.rs``.
 from __future__ import annotations
 
 import importlib
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,10 +27,13 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-from automodel_conv.errors import UnsupportedError, message
+from automodel_conv.errors import UnsupportedError, count_of, message
 from automodel_conv.integrations.hooked_files import SafeOpen, wrap_index_reader
 from automodel_conv.integrations.hooked_load import HookedLoad, wrap_converter
+from automodel_conv.integrations.hooked_plan import ALL
 from automodel_conv.upstream.registry import transformers_available
+
+_LOG = logging.getLogger(__name__)
 
 _CONVERT = "convert_and_load_state_dict_in_model"
 _LIST = "get_checkpoint_shard_files"
@@ -37,13 +41,16 @@ _LIST = "get_checkpoint_shard_files"
 _MODULES = ("transformers.modeling_utils", "transformers.modeling_layers")
 
 
-@dataclass
+@dataclass(repr=False)
 class Acceleration:
     """The record of the loads that ran under the hook, as ``install`` and ``accelerate_transformers`` return it."""
 
     loads: list[HookedLoad] = field(default_factory=list)
     """Report of each load, in order. The list grows until the hook is uninstalled, so a process that keeps loading
     models should clear it."""
+
+    def __repr__(self) -> str:
+        return f"<Acceleration: {count_of(len(self.loads), 'load')}; print() shows them>"
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.loads)) or "no load yet"
@@ -172,8 +179,14 @@ class _Hook:
             def is_on() -> bool:
                 return self.acceleration is acceleration
 
+            def done(load: HookedLoad) -> None:
+                left = "all" if ALL in load.left else len(load.left)
+                text = "from_pretrained of %s: %d targets converted by plan, %s by transformers"
+                _LOG.info(text, load.model, len(load.lowered), left)
+                acceleration.loads.append(load)
+
             wraps: dict[str, Callable[[Any], Any]] = {
-                _CONVERT: lambda convert: wrap_converter(convert, is_on, lambda: self.maps, acceleration.loads.append),
+                _CONVERT: lambda convert: wrap_converter(convert, is_on, lambda: self.maps, done),
                 "safe_open": lambda safe_open: SafeOpen(safe_open, is_on),
                 _LIST: lambda list_files: wrap_index_reader(list_files, is_on),
             }

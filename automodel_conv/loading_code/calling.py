@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
 from automodel_conv.errors import UnsupportedError, kind_of, message
+from automodel_conv.types import LoaderCalls
 
-Calls: TypeAlias = Literal["pairs", "dict"]
-"""The argument of loading code: pairs of names and tensors, or a dict of tensors by name."""
 Load: TypeAlias = Callable[[Any], Any]
 Targets: TypeAlias = nn.Module | Mapping[str, Tensor] | None
 """The module, or the tensors by name, that loading code fills; None if it returns tensors."""
 
 
-def call(load: Load, given: Iterable[tuple[str, Tensor]], calls: Calls) -> Any:
+def call(load: Load, given: Iterable[tuple[str, Tensor]], calls: LoaderCalls) -> Any:
     """Call loading code with sources by name; return its result, with everything that it yields."""
     result = load(iter(given) if calls == "pairs" else dict(given))
     return list(result) if isinstance(result, Iterator) else result

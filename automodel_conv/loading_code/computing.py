@@ -12,16 +12,17 @@ from automodel_conv.dtypes import torch_dtype
 from automodel_conv.errors import ConversionError, message
 from automodel_conv.execution.reading import read_each
 from automodel_conv.files.checkpoint import Checkpoint
-from automodel_conv.loading_code.calling import Calls, Load, Targets, call, returned
+from automodel_conv.loading_code.calling import Load, Targets, call, returned
 from automodel_conv.loading_code.dry_run import Traced
 from automodel_conv.loading_code.part_of_loader import PartOfFunctions, PartOfLoader
 from automodel_conv.loading_code.stand_ins import as_before, is_same_memory, named_tensors, with_stand_ins
 from automodel_conv.loading_code.threads import in_threads
 from automodel_conv.planning.loader_writes import key_of
+from automodel_conv.types import LoaderCalls
 
 
 def computed_values(
-    load: Load, checkpoint: Checkpoint, targets: Targets, calls: Calls, traced: Traced
+    load: Load, checkpoint: Checkpoint, targets: Targets, calls: LoaderCalls, traced: Traced
 ) -> tuple[dict[str, Tensor], int]:
     """Run loading code; return the targets that it computes, by name, and the bytes that are read for them.
 
@@ -99,7 +100,7 @@ def _values(
     load: Load,
     given: Iterator[tuple[str, Tensor]],
     targets: Targets,
-    calls: Calls,
+    calls: LoaderCalls,
     traced: Traced,
     *,
     everything: bool,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from automodel_conv.dtypes import torch_dtype
 from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.loading_code.attributes import changes_in, containers_in
-from automodel_conv.loading_code.calling import Calls, Load, Targets, call, returned
+from automodel_conv.loading_code.calling import Load, Targets, call, returned
 from automodel_conv.loading_code.changes import Changes, changes_of, is_in_place
 from automodel_conv.loading_code.stand_ins import (
     as_before,
@@ -34,6 +34,7 @@ from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.traced_copies import Composer, Filled
 from automodel_conv.planning.traced_plan import traced_plan
 from automodel_conv.planning.value_reads import ValueReads
+from automodel_conv.types import LoaderCalls
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,11 @@ class Traced:
 
 
 def traced(
-    load: Load, sources: SourceTable, targets: Targets, calls: Calls, read: Callable[[Sequence[int]], list[Tensor]]
+    load: Load,
+    sources: SourceTable,
+    targets: Targets,
+    calls: LoaderCalls,
+    read: Callable[[Sequence[int]], list[Tensor]],
 ) -> Traced:
     """Return what loading code does with the tensors of a checkpoint.
 
@@ -98,7 +103,11 @@ def _without_collections() -> Iterator[None]:
 
 
 def _traced(
-    load: Load, sources: SourceTable, targets: Targets, calls: Calls, read: Callable[[Sequence[int]], list[Tensor]]
+    load: Load,
+    sources: SourceTable,
+    targets: Targets,
+    calls: LoaderCalls,
+    read: Callable[[Sequence[int]], list[Tensor]],
 ) -> Traced:
     own = named_tensors(targets)
     data: dict[int, Tensor] = {}
@@ -205,7 +214,7 @@ def _seen(
     load: Load,
     given: Mapping[str, Tensor],
     targets: Targets,
-    calls: Calls,
+    calls: LoaderCalls,
     targets_read: Collection[str],
     fills_large: bool,
 ) -> _Seen:

@@ -17,7 +17,7 @@ from automodel_conv.dtypes import dtype_code, torch_dtype
 from automodel_conv.errors import ConversionError, message
 from automodel_conv.files import system
 from automodel_conv.loading_code.attributes import changes_from, text_of
-from automodel_conv.loading_code.calling import Calls, Load, Targets
+from automodel_conv.loading_code.calling import Load, Targets
 from automodel_conv.loading_code.changes import Changes
 from automodel_conv.loading_code.dry_run import Traced
 from automodel_conv.loading_code.stand_ins import named_tensors
@@ -26,6 +26,7 @@ from automodel_conv.planning.copies import SourceTable
 from automodel_conv.planning.loader_writes import key_of
 from automodel_conv.planning.origins import Unknown
 from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.types import LoaderCalls
 
 
 class _Made(msgspec.Struct):
@@ -53,7 +54,7 @@ class _Form(msgspec.Struct):
     """Digest of the values of ``targets_read``."""
 
 
-def digest_of(load: Load, sources: SourceTable, targets: Targets, calls: Calls, key: str) -> str:
+def digest_of(load: Load, sources: SourceTable, targets: Targets, calls: LoaderCalls, key: str) -> str:
     """Return a digest of all that a trace depends on: sources, targets, versions, and what the caller says.
 
     Args:

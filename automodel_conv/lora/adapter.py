@@ -16,6 +16,7 @@ from automodel_conv.execution.factors import AdapterTensors, FileTensors
 from automodel_conv.files import system
 from automodel_conv.files.checkpoint import open_source
 from automodel_conv.files.located import may_be_repository
+from automodel_conv.files.paths import text_of_path
 from automodel_conv.files.remote.urls import is_url, without_secrets
 from automodel_conv.files.shards import LAYOUT_KEY
 from automodel_conv.files.source import ByteSource, LocalFile
@@ -88,7 +89,7 @@ def open_adapter(
         NameProblems: a module has only one of its two matrices, or one of them twice.
         UnsupportedError: the adapter has a variant of LoRA that is not supported.
     """
-    text = os.path.expanduser(os.fsdecode(path))
+    text = os.path.expanduser(text_of_path(path))
     if settings.variant is not None:
         raise UnsupportedError(message("adapters have no variants", where=without_secrets(text)))
     is_local = not is_url(text) and (system.exists(text) or not may_be_repository(text))

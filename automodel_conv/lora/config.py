@@ -26,6 +26,7 @@ ORDER_OF_B = "lora_B_layout"
 """Unsloth's key for the order of the columns of B in a stack of matrices."""
 _GROUPED, _PEFTS = "grouped_by_expert", "rank_major"
 _MOST_BYTES = 64 << 20
+_CHECK = "check the path: an adapter has adapter_config.json and adapter_model.safetensors"
 LARGEST_FACTOR = 1e18
 """The largest alpha, and the largest weight of an adapter: their product is a float32."""
 
@@ -147,7 +148,7 @@ def read_config(directory: str, where: str | None = None) -> AdapterConfig:
     """
     own, where = os.path.join(directory, CONFIG_NAME), where or directory
     if not system.is_file(own):
-        raise CheckpointError(message("the adapter has no adapter_config.json", where=where))
+        raise CheckpointError(message("the adapter has no adapter_config.json", where=where, do=_CHECK))
     path = os.path.join(where, CONFIG_NAME)
     data = with_open(own, lambda fd: read_limited(fd, path, _MOST_BYTES))
     try:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
+from math import isfinite, prod
 from typing import Any, NamedTuple
 
 from automodel_conv.dtypes import itemsize, nbytes
 from automodel_conv.files.checkpoint import Checkpoint
 from automodel_conv.planning.arrangement import PLAIN, Arrangement
 from automodel_conv.planning.boxes import SPAN, Box, Piece, run_of
+
+_LONGEST_NAME = 100
 
 
 class StridedCopy(NamedTuple):
@@ -157,6 +159,11 @@ class Fill(NamedTuple):
     offset: int
 
     @property
+    def json_value(self) -> float | str:
+        """The value as JSON has it: infinities and NaN are texts."""
+        return self.value if isfinite(self.value) else str(self.value)
+
+    @property
     def numel(self) -> int:
         return prod(self.shape)
 
@@ -194,6 +201,11 @@ class Target(NamedTuple):
     fills: tuple[Fill, ...] = ()
     """Elements that no copy fills, because they have a value that is in no source."""
 
+    def __repr__(self) -> str:
+        """Return one line without the offsets, which may be thousands."""
+        way = f"{len(self.sources)} sources" if self.fallback is None else "transformers' own code"
+        return f"<Target {_shortened(self.name)}: {self.dtype} {list(self.shape)} from {way}>"
+
     @property
     def is_whole(self) -> bool:
         """Whether one copy moves everything in one run, so that a target of its source's size equals the source."""
@@ -208,6 +220,10 @@ class Target(NamedTuple):
     @property
     def nbytes(self) -> int:
         return nbytes(self.dtype, prod(self.shape))
+
+
+def _shortened(name: str) -> str:
+    return f"...{name[-_LONGEST_NAME:]}" if len(name) > _LONGEST_NAME else name
 
 
 CODE_BITS = {"e4m3": 8, "e5m2": 8, "e2m1": 4, "int4": 4, "int8": 8}
@@ -308,7 +324,21 @@ class Decode(NamedTuple):
         )
 
 
-@dataclass(frozen=True)
+class Places(NamedTuple):
+    """The places of the tensors of a checkpoint in its files, in columns."""
+
+    files: tuple[str, ...]
+    """Paths or URLs of the files."""
+    file_ids: Sequence[int]
+    """Index of each tensor's file in ``files``."""
+    offsets: Sequence[int]
+    """Offset in bytes of each tensor's data from the start of its file."""
+
+    def __repr__(self) -> str:
+        return f"<Places: {len(self.offsets)} tensors in {len(self.files)} files>"
+
+
+@dataclass(frozen=True, repr=False)
 class SourceTable:
     """The tensors of a checkpoint or a state dict, in columns: names, dtype codes, shapes."""
 
@@ -324,11 +354,17 @@ class SourceTable:
     """Rows that no target reads by name, such as the parts of quantized tensors."""
     stored: Mapping[int, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
     """Dtype and shape in the checkpoint of sources whose bytes are read as another dtype, by row."""
+    places: Places | None = field(default=None, compare=False, repr=False)
+    """Places of the tensors in files, to show them; None if they are in no files. Plans do not depend on them."""
+
+    def __repr__(self) -> str:
+        return f"<SourceTable: {len(self.names)} tensors, {len(self.decodes)} of them quantized>"
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> SourceTable:
         """Return the table of a checkpoint, with its tensors as they are stored."""
-        return cls(checkpoint.names, checkpoint.dtypes, checkpoint.shapes)
+        places = Places(checkpoint.files, checkpoint.file_ids, checkpoint.offsets)
+        return cls(checkpoint.names, checkpoint.dtypes, checkpoint.shapes, places=places)
 
     def read_as(self, codes: Mapping[int, str]) -> SourceTable:
         """Return this table with the bytes of some sources, by row, read as other dtypes.

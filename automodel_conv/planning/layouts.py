@@ -133,7 +133,7 @@ def get_layout(name: str, *others: str) -> Layout:
     Raises:
         UnsupportedError: there is no such layout; the message lists the accepted names and suggests a similar one.
     """
-    if name in LAYOUTS:
+    if isinstance(name, str) and name in LAYOUTS:
         return LAYOUTS[name]
     known = sorted([*LAYOUTS, *others])
     normalized = re.sub(r"\W+", "_", str(name).strip().lower())
@@ -142,7 +142,7 @@ def get_layout(name: str, *others: str) -> Layout:
         do = '{convert_checkpoint(..., layout="per_expert")} writes single experts'
     else:
         do = f"write {similar[0]!r}" if similar else None
-    raise UnsupportedError(message(f"unknown layout {name!r}", expected=f"one of {known}", do=do))
+    raise UnsupportedError(message(f"unknown layout {name!r}", expected=", ".join(known), do=do))
 
 
 def as_layout(own: ExpertLayout) -> Layout:

@@ -8,23 +8,28 @@ the same rule fills from sources of the same shapes share their copies. Therefor
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from heapq import nlargest
+from html import escape
 from itertools import takewhile
 from operator import eq
 
 from automodel_conv.dtypes import DECODED
 from automodel_conv.errors import UnknownTarget, UnsupportedError, listing, message, size_text
+from automodel_conv.pictures.page import FilePath, in_frame, write_page
 from automodel_conv.planning.composition import chained, inverted, table_of
 from automodel_conv.planning.copies import SourceTable, Target
 from automodel_conv.planning.plan_json import fields_of, text_of
+from automodel_conv.planning.plan_picture import plan_page
+from automodel_conv.planning.plan_rows import NAME_ONLY, RuleRow, rows_by_rule
+from automodel_conv.planning.plan_text import TEXT_WIDTH, explanation, summary_text
 from automodel_conv.planning.proof import prove
 from automodel_conv.planning.regions import Part, Region, parts_of, whole
-from automodel_conv.planning.rule_text import rule_lines
 
-_TEXT_WIDTH = 100
+# A page of 50,000 tensors has about 500 kB; larger outputs make notebooks slow.
+_MOST_IN_NOTEBOOK = 50_000
 
 
 @dataclass(frozen=True)
@@ -72,8 +77,17 @@ class CopyPlan:
 
     def __repr__(self) -> str:
         """Return the size of the plan, because its fields have tens of thousands of entries."""
-        size = f"{len(self.targets)} targets from {len(self.used_sources)} sources, {self.bytes_written} bytes"
+        size = f"{len(self.targets)} targets from {len(self.used_sources)} sources, {size_text(self.bytes_written)}"
         return f"<{type(self).__name__}: {size}; summary() and explain(name) show more>"
+
+    def _repr_html_(self) -> str:
+        """Return the page of the plan for a notebook; above ``_MOST_IN_NOTEBOOK`` targets and sources, a table."""
+        title = f"{len(self.targets)} tensors, {size_text(self.bytes_written)}"
+        # Style sheets of notebooks give text in HTML a font of their own.
+        summary = f'<pre style="font-family: monospace">{escape(self.summary())}</pre>'
+        if len(self.targets) + len(self.sources.names) > _MOST_IN_NOTEBOOK:
+            return f"{summary}<p><code>plan.to_html(file)</code> draws it.</p>"
+        return summary + in_frame(plan_page(self, self.unused_sources, title, {}), 640, f"plan of {title}")
 
     def target(self, name: str) -> Target:
         """Return the target with this name.
@@ -192,8 +206,11 @@ class CopyPlan:
             ways.append("zeros" if all(fill.value == 0 for fill in target.fills) else "constants")
         return ", ".join(ways) or "read"
 
-    def summary(self) -> str:
+    def summary(self, width: int = TEXT_WIDTH) -> str:
         """Return a table with a row for each rule: its targets, source tensors, bytes and execution.
+
+        Args:
+            width: number of columns. Rules have several lines to fit; names are never cut.
 
         Example:
 
@@ -209,23 +226,10 @@ class CopyPlan:
                    1        1  48 bytes  cast           (name only)
                    1        1  48 bytes  reads 96 bytes, 0 targets by transformers' own code
         """
-        rows: dict[tuple[int, str], list[int]] = {}
-        for target in self.targets:
-            row = rows.setdefault((target.rule, self.execution_of(target)), [0, 0, 0])
-            row[0] += 1
-            row[1] += len(target.sources)
-            row[2] += target.nbytes
-        width = max([14, *(len(way) for _, way in rows)])
-        lines = [f"{'targets':>8} {'sources':>8} {'size':>9}  {'execution':<{width}} rule"]
-        for (rule, way), (targets, sources, size) in sorted(rows.items(), key=lambda item: -item[1][2]):
-            row = f"{targets:>8} {sources:>8} {size_text(size):>9}  {way:<{width}} "
-            lines += _with_rule(row, self._rule_text(rule))
-        lines.append(
-            f"{len(self.targets):>8} {len(self.used_sources):>8} {size_text(self.bytes_written):>9}  "
-            f"reads {size_text(self.bytes_read)}, {len(self.fallbacks)} targets by transformers' own code"
-            + (f", {len(self.unused_sources)} sources left out" if self.unused_sources else "")
-        )
-        return "\n".join(lines)
+        reads = f"reads {size_text(self.bytes_read)}, {len(self.fallbacks)} targets by transformers' own code"
+        reads += f", {len(self.unused_sources)} sources left out" if self.unused_sources else ""
+        totals = RuleRow(None, reads, len(self.targets), len(self.used_sources), self.bytes_written)
+        return summary_text(rows_by_rule(self.targets, self.rules, self.execution_of), totals, width)
 
     def explain(self, name: str) -> str:
         """Return a text with every source of one target and the elements that it fills.
@@ -251,29 +255,48 @@ class CopyPlan:
               experts.down_proj F32 [2, 3, 4][0 + 2x12 4x1 3x4] -> [0 + 2x12 4x3 3x1]
         """
         target = self.target(name)
-        lines = [
-            f"{target.name}  {target.dtype} {list(target.shape)}  {target.nbytes} bytes  ({self.execution_of(target)})",
-            *_with_rule("  rule: ", self._rule_text(target.rule)),
-        ]
-        if target.fallback is not None:
-            lines.append(f"  by transformers' own code, because {target.fallback.reason}")
-            lines += [f"  {self._source_text(row)}" for row in target.sources]
-        pieces = [piece for copy in target.copies for piece in copy.pieces()]
-        for piece in sorted(pieces, key=lambda p: p.target_offset):
-            box = piece.box
-            read = _walk(piece.source_offset, box.shape, box.source_strides)
-            written = _walk(piece.target_offset, box.shape, box.target_strides)
-            lines.append(f"  {self._source_text(target.sources[piece.source])}{read} -> {written}")
-        lines += [f"  constant {fill.value} -> {_walk(fill.offset, fill.shape, fill.strides)}" for fill in target.fills]
-        return "\n".join(lines)
+        rule = self.rules[target.rule] if target.rule >= 0 else NAME_ONLY
+        return explanation(target, self.sources, rule, self.execution_of(target))
 
-    def _rule_text(self, rule: int) -> str:
-        return self.rules[rule] if rule >= 0 else "(name only)"
+    def to_html(
+        self,
+        file: FilePath,
+        *,
+        title: str | None = None,
+        ranks: Mapping[str, Mapping[str, Region]] | None = None,
+    ) -> None:
+        """Write a page that shows the plan: files on one side, final tensors on the other, and what fills what.
 
-    def _source_text(self, row: int) -> str:
-        decode = self.sources.decodes.get(row)
-        kind = self.sources.dtypes[row] if decode is None else decode.format
-        return f"{self.sources.names[row]} {kind} {list(self.sources.shapes[row])}"
+        The page is one file, which loads nothing from anywhere. A click on an element names the file, the tensor and
+        the index that it comes from. The search takes parts of names.
+
+        Args:
+            file: path of the page; an existing file is replaced.
+            title: title of the page. None: the number of tensors.
+            ranks: the regions of targets that each rank holds, by the label of the rank, to show ranks side by side.
+                The regions are by name, as ``shard`` takes them.
+
+        Raises:
+            CoverageError: a region belongs to a tensor of another shape.
+            OSError: the file cannot be written.
+
+        Example:
+
+            >>> import torch
+            >>> from pathlib import Path
+            >>> from safetensors.torch import save_file
+            >>> from tempfile import TemporaryDirectory
+            >>> from automodel_conv import compile_plan
+            >>> with TemporaryDirectory() as directory:
+            ...     save_file({"experts.down_proj": torch.zeros(2, 3, 4)}, f"{directory}/model.safetensors")
+            ...     plan = compile_plan(directory, rules=[], source_layout="transformers", layout="nemo")
+            ...     plan.to_html(f"{directory}/plan.html", title="experts for NeMo")
+            ...     text = Path(directory, "plan.html").read_text()
+            >>> "<title>experts for NeMo</title>" in text
+            True
+        """
+        title = f"{len(self.targets)} tensors" if title is None else title
+        write_page(file, plan_page(self, self.unused_sources, title, ranks or {}))
 
     def validate(self) -> None:
         """Prove that every element of every target is written exactly once and every read stays inside its source.
@@ -490,17 +513,6 @@ class CopyPlan:
         plan = CopyPlan(**fields_of(text))
         plan.validate()
         return plan
-
-
-def _with_rule(start: str, rule: str) -> list[str]:
-    """Return lines with the text of a rule after ``start``."""
-    first, *others = rule_lines(rule, _TEXT_WIDTH - len(start))
-    return [start + first, *(" " * len(start) + line for line in others)]
-
-
-def _walk(offset: int, shape: Sequence[int], strides: Sequence[int]) -> str:
-    steps = " ".join(f"{size}x{stride}" for size, stride in zip(shape, strides, strict=True))
-    return f"[{offset}{' + ' if steps else ''}{steps}]"
 
 
 def plan_of_parts(plan: CopyPlan, parts: Iterable[Part]) -> CopyPlan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from math import isfinite, prod
+from math import prod
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
@@ -53,7 +53,7 @@ def text_of(plan: Mapping[str, Any]) -> str:
 
 
 def _fill_rows(fills: Sequence[Fill]) -> tuple[_Fill, ...]:
-    return tuple(_Fill(f.value if isfinite(f.value) else str(f.value), f.shape, f.strides, f.offset) for f in fills)
+    return tuple(_Fill(f.json_value, f.shape, f.strides, f.offset) for f in fills)
 
 
 def _row(copy: StridedCopy) -> _Copy:
@@ -101,7 +101,7 @@ class _Copy(NamedTuple):
 
 
 class _Fill(NamedTuple):
-    """A ``Fill``; an infinite value or a NaN is text."""
+    """A ``Fill`` with its ``json_value``."""
 
     value: bool | int | float | str
     shape: tuple[int, ...]

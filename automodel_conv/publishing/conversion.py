@@ -37,7 +37,8 @@ from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.unmarked import unsplit_experts_error
 from automodel_conv.publishing.saved import specs_of, with_dtype
 from automodel_conv.upstream.from_config import meta_model
-from automodel_conv.upstream.models import checked_dtype
+from automodel_conv.upstream.given_dtypes import dtype_for, given_dtype
+from automodel_conv.upstream.given_rules import given_rules
 
 DEFAULT_SCRATCH_BYTES = 256 << 20
 """Default limit in bytes for the memory of a conversion, or of a comparison of two checkpoints."""
@@ -87,10 +88,10 @@ class Conversion:
 
 
 def check_arguments(
-    layout: str | None, source_layout: str | None, dtype: torch.dtype | None, max_shard_size: int | str
+    layout: str | None, source_layout: str | None, dtype: torch.dtype | str | None, max_shard_size: int | str
 ) -> None:
     """Raise UnsupportedError for arguments of ``compile_conversion`` that no checkpoint can fit."""
-    checked_dtype(dtype)
+    given_dtype(dtype)
     parse_size(max_shard_size)
     for name in (layout, source_layout):
         if name not in (None, PER_EXPERT):
@@ -105,7 +106,7 @@ def compile_conversion(
     rules: Iterable[Any] | None = None,
     layout: str | None = None,
     source_layout: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     dequantize: bool = False,
     drop: str | Iterable[str] = (),
     max_shard_size: int | str = "5GB",
@@ -118,8 +119,9 @@ def compile_conversion(
         checkpoint = source
     else:
         checkpoint = open_checkpoint(source, **SourceSettings(**options).shared(source).source())
+    dtype = dtype_for(dtype, checkpoint)
     most_bytes = parse_size(max_shard_size)
-    rules = None if rules is None else list(rules)
+    rules = given_rules(rules)
     keeps_names = layout is None and source_layout is None and rules == []
     source_layout = layout_to_read(checkpoint, source_layout, keeps_names=keeps_names)
     table = decoded_table(checkpoint, needs_values=True) if dequantize else SourceTable.from_checkpoint(checkpoint)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -17,8 +18,10 @@ from automodel_conv.errors import (
     DestinationError,
     ReadError,
     VerificationError,
+    count_of,
     listing,
     message,
+    size_text,
 )
 from automodel_conv.execution.adding import Additions, merge_bytes
 from automodel_conv.execution.comparing import compare_file
@@ -35,9 +38,10 @@ from automodel_conv.files.checkpoint import Checkpoint, open_source
 from automodel_conv.files.companions import companions_of
 from automodel_conv.files.config import CONFIG_NAME, MODELOPT_NAME, plain_config
 from automodel_conv.files.finished import is_finished
+from automodel_conv.files.paths import text_of_path
 from automodel_conv.files.remote.urls import is_url
 from automodel_conv.files.resuming import OPTIONS_KEY, occupied_error
-from automodel_conv.files.shards import index_of, is_checkpoint
+from automodel_conv.files.shards import Shard, index_of, is_checkpoint
 from automodel_conv.files.source import Identity, LocalFile
 from automodel_conv.files.source_options import SourceSettings
 from automodel_conv.files.staging import holds_work
@@ -46,12 +50,15 @@ from automodel_conv.files.write_errors import no_room_error, write_errors
 from automodel_conv.lora.adapter import Adapter
 from automodel_conv.lora.base import base_of
 from automodel_conv.lora.merging import Merge, plan_merge
-from automodel_conv.progress import bytes_progress
+from automodel_conv.progress import bytes_progress, phases
 from automodel_conv.publishing.conversion import DEFAULT_SCRATCH_BYTES, Conversion, check_arguments, compile_conversion
 from automodel_conv.publishing.convert_report import ConvertReport
 from automodel_conv.publishing.save_files import shard_checksums, write_checksums
 from automodel_conv.publishing.saved import places_in
 from automodel_conv.schedule.requests import CONNECTIONS
+from automodel_conv.upstream.given_dtypes import given_dtype
+
+_LOG = logging.getLogger(__name__)
 
 
 class Writing(NamedTuple):
@@ -88,6 +95,7 @@ def convert(
     """
     began = time.perf_counter()
     directory = folder.directory
+    options = {**options, "dtype": given_dtype(options["dtype"])}  # so that its name continues the work of a dtype
     rules, dequantize = options["rules"], options["dequantize"]
     check_arguments(*(options[name] for name in ("layout", "source_layout", "dtype", "max_shard_size")))
     compiled = partial(compile_conversion, **options)
@@ -95,6 +103,9 @@ def convert(
     _refuse_occupied(source, settings, folder, writing, compiled)
     is_one_file = _is_one_file(source)
     opened = open_source(source, settings, companions=not is_one_file)
+    if not is_one_file and not folder.is_remote and system.real_path(directory) == system.real_path(opened.directory):
+        do = "choose another directory"
+        raise DestinationError(message("the destination is the directory of the source", where=directory, do=do))
     with while_importing(opened) if rules is None else nullcontext():
         conversion = compiled(opened)
     checkpoint, shards = conversion.checkpoint, conversion.shards
@@ -126,8 +137,10 @@ def convert(
     adapted = () if merge is None else tuple(target.name for target in plan.targets if target.name in merge.blocks)
     if writing.resume and system.real_path(directory) != system.real_path(checkpoint.directory):
         if is_finished(folder, shards, texts | index_texts, copies, writing.checksums):
+            planned = time.perf_counter() - began
             _compare_finished(conversion, folder, file_slabs, limits, writing.progress)
             folder.remove_leftovers()
+            _LOG.info("%s is complete already: it was compared with the source", folder.name)
             return ConvertReport(
                 files=tuple(shard.name for shard in shards),
                 bytes_written=0,
@@ -136,7 +149,8 @@ def convert(
                 left_out=conversion.left_out,
                 unindexed=checkpoint.unindexed,
                 files_copied=(),
-                seconds=time.perf_counter() - began,
+                seconds=(seconds := time.perf_counter() - began),
+                phases={"plan": planned, "write": 0.0, "verify": seconds - planned, "finish": 0.0},
                 peak_extra_bytes=limits.scratch_bytes + extra_bytes,
                 was_complete=True,
                 kept_codes=conversion.kept_codes,
@@ -151,6 +165,9 @@ def convert(
         checksums=writing.checksums,
     ) as place:
         unfinished, verify = place.unfinished, writing.verify
+        _LOG.info("converting %s to %s: %s", checkpoint.path, folder.name, count_of(len(shards), "file"))
+        if len(unfinished) < len(shards):
+            _LOG.info("%d of them were finished by an earlier call", len(shards) - len(unfinished))
         to_do = [shard for shard in shards if shard.name in unfinished]
         nbytes = sum(shard.nbytes for shard in to_do)
         with write_errors(directory):
@@ -159,42 +176,56 @@ def convert(
         needed = sum(shard.nbytes for shard in at_once)
         if free < needed:
             raise no_room_error(directory, needed, len(at_once), free)
-        reads = [(shard.name in unfinished) + (verify and shard.name not in place.verified) for shard in shards]
-        progress_bytes = sum(
-            count * spec.nbytes for shard, count in zip(shards, reads, strict=True) for spec in shard.specs
-        )
-        with bytes_progress(progress_bytes, "merging" if adapters else "converting", writing.progress) as advance:
+        to_verify = [shard for shard in shards if verify and shard.name not in place.verified]
+        unverified = {shard.name for shard in to_verify}
+        changed = unfinished | unverified
+        to_sum = [shard for shard in shards if shard.name in changed or shard.name not in place.checksums]
+        totals = {
+            "writing": _data_bytes(to_do),
+            "verifying": _data_bytes(to_verify),
+            "checksums": _data_bytes(to_sum) if writing.checksums else 0,
+            "uploading": nbytes if folder.is_remote else 0,
+        }
+        planned = time.perf_counter() - began
+        with phases(totals, writing.progress) as bars:
             for file, shard in enumerate(shards):
-                to_write, to_verify = shard.name in unfinished, verify and shard.name not in place.verified
-                if to_write:
+                if shard.name not in changed:
+                    continue
+                if shard.name in unfinished:
                     path = place.path(shard.name)
-                    create_shard_file(shard, path)
-                    with file_slabs.opened(file) as slabs:
+                    with bars.begin("writing") as advance, file_slabs.opened(file) as slabs:
+                        create_shard_file(shard, path)
                         write_slabs([slabs], path, limits.threads, advance)
-                if to_verify:
-                    with file_slabs.opened(file) as slabs:
+                if shard.name in unverified:
+                    with bars.begin("verifying") as advance, file_slabs.opened(file) as slabs:
                         compare_file(slabs, LocalFile(place.finished_path(shard.name)), shard, limits.threads, advance)
-                if to_write or to_verify:
-                    sums = shard_checksums(place, shard, limits.threads) if writing.checksums else None
+                with bars.begin("checksums") as advance:
+                    sums = shard_checksums(place, shard, limits.threads, advance) if writing.checksums else None
+                with bars.begin("uploading") as place.on_upload:
                     place.finish(shard, verified=verify, checksums=sums)
-        now = _identities(checkpoint, adapters)
-        if now != state:
-            raise DestinationError(
-                message(
-                    "the source was changed while it was converted",
-                    where=checkpoint.path,
-                    found="\n" + listing(name for name in state if now[name] != state[name]),
-                    do="start again with {resume=False}",
+            now = _identities(checkpoint, adapters)
+            if now != state:
+                raise DestinationError(
+                    message(
+                        "the source was changed while it was converted",
+                        where=checkpoint.path,
+                        found="\n" + listing(name for name in state if now[name] != state[name]),
+                        do="start again with {resume=False}",
+                    )
                 )
-            )
-        with write_errors(directory):
-            for name, text in texts.items():
-                place.write(name, text)
-            for name, path in copies.items():
-                system.copy_file(path, place.companion_path(name))
-        if writing.checksums:
-            write_checksums(place, shards, limits.threads)
-        place.commit(index)
+            with write_errors(directory):
+                for name, text in texts.items():
+                    place.write(name, text)
+                for name, path in copies.items():
+                    system.copy_file(path, place.companion_path(name))
+            if writing.checksums:
+                with bars.begin("checksums") as advance:
+                    write_checksums(place, shards, limits.threads, advance)
+            with bars.begin("uploading") as place.on_upload:
+                place.commit(index)
+    seconds = time.perf_counter() - began
+    _LOG.info("converted %s to %s: %s in %.3f s", checkpoint.path, folder.name, size_text(nbytes), seconds)
+    known = {"plan": planned, "write": bars.seconds["writing"], "verify": bars.seconds["verifying"]}
     return ConvertReport(
         files=tuple(shard.name for shard in shards),
         bytes_written=nbytes,
@@ -203,11 +234,17 @@ def convert(
         left_out=conversion.left_out,
         unindexed=checkpoint.unindexed,
         files_copied=companions,
-        seconds=time.perf_counter() - began,
+        seconds=seconds,
+        phases={**known, "finish": seconds - sum(known.values())},
         peak_extra_bytes=limits.scratch_bytes + extra_bytes + folder.upload_bytes,
         kept_codes=conversion.kept_codes,
         adapted=adapted,
     )
+
+
+def _data_bytes(shards: Iterable[Shard]) -> int:
+    """Return the bytes of the tensors of files."""
+    return sum(spec.nbytes for shard in shards for spec in shard.specs)
 
 
 def _limits(writing: Writing, merge: Merge | None, is_remote: bool) -> tuple[ScratchSplit, int]:
@@ -244,7 +281,7 @@ def _refuse_occupied(
     Raises:
         DestinationError: the destination holds a checkpoint, and it is not the result of this conversion.
     """
-    name = os.fsdecode(source)
+    name = text_of_path(source)
     if is_url(name) or system.exists(name) or holds_work(folder.directory):
         return
     present = [name for name in folder.names() if is_checkpoint(name)]
@@ -292,7 +329,7 @@ def _path_in(checkpoint: Checkpoint, path: str) -> str:
 
 def _is_one_file(source: str | os.PathLike[str]) -> bool:
     """Return whether a path or a URL names one file of weights, which nothing accompanies."""
-    path = os.path.expanduser(os.fsdecode(source))
+    path = os.path.expanduser(text_of_path(source))
     path = path.partition("?")[0] if is_url(path) else path
     return path.endswith(".safetensors") and not system.is_directory(path)
 

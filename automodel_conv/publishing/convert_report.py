@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from automodel_conv.execution.report_text import Row, cost_rows, count_row, memory_row, text_of
+from automodel_conv.errors import count_of
+from automodel_conv.execution.report_text import Report, Row, cost_rows, count_row, memory_row, phase_rows
 
 
-@dataclass(frozen=True)
-class ConvertReport:
+@dataclass(frozen=True, repr=False)
+class ConvertReport(Report):
     """The outcome of ``convert_checkpoint``; ``print`` shows it.
 
     Attributes:
@@ -23,6 +25,8 @@ class ConvertReport:
             that file.
         files_copied: paths of the files next to the weights that were copied, sorted, with "/" between folders.
         seconds: duration of the call.
+        phases: seconds of each phase: "plan" (with imports), "write", "verify", and "finish" (checksums, uploads that
+            were waited for, other files). Together they are ``seconds``.
         peak_extra_bytes: bound of the memory used.
         was_complete: whether the destination was complete already: it was compared with the source, and nothing was
             written.
@@ -55,14 +59,15 @@ class ConvertReport:
     was_complete: bool = False
     kept_codes: tuple[str, ...] = ()
     adapted: tuple[str, ...] = ()
+    phases: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def gb_per_s(self) -> float:
-        """10^9 bytes written per second."""
-        return self.bytes_written / self.seconds / 1e9 if self.seconds else 0.0
+        """10^9 bytes written per second of the write phase."""
+        return self.bytes_written / 1e9 / max(self.phases.get("write", self.seconds), 1e-9)
 
-    def __str__(self) -> str:
-        return text_of(converted_rows(self))
+    def _rows(self) -> list[Row]:
+        return converted_rows(self)
 
 
 def converted_rows(report: ConvertReport) -> list[Row]:
@@ -76,11 +81,12 @@ def converted_rows(report: ConvertReport) -> list[Row]:
         Row("finished by an earlier call", str(report.files_resumed)),
         *cost_rows("written", report.bytes_written, report.gb_per_s),
         Row("seconds", f"{report.seconds:.3f}"),
+        *phase_rows(report.phases),
         memory_row(report.peak_extra_bytes),
         *([count_row("changed by the adapter", report.adapted)] if report.adapted else []),
         count_row("carried as they are", report.carried),
         count_row("left out", report.left_out),
         *([unindexed] if unindexed.names else []),
         *([kept_codes] if kept_codes.names else []),
-        Row("other files copied", f"{len(report.files_copied)} files"),
+        Row("other files copied", count_of(len(report.files_copied), "file")),
     ]

@@ -26,6 +26,8 @@ from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.sharding import region_of
 from automodel_conv.planning.views import HeldPart
 from automodel_conv.publishing.saved import refuse_unlike_stored, saved_tensors, with_dtype
+from automodel_conv.upstream.given_dtypes import dtype_to_save
+from automodel_conv.upstream.given_rules import given_rules
 from automodel_conv.upstream.models import state_table
 from automodel_conv.upstream.wrappers import plain_model
 
@@ -112,7 +114,7 @@ def named_tensors(
     rules: Iterable[Any] | None = None,
     layout: str | None = None,
     reference: str | os.PathLike[str] | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     **options: Unpack[SourceOptions],
 ) -> NamedTensors:
     """Plan the published tensors of a model; no tensor data is read.
@@ -122,7 +124,8 @@ def named_tensors(
         rules: rule objects of transformers, which are reversed; None: the model's own.
         layout: layout of the experts in the model; None: that of the model's own parameters.
         reference: path of a checkpoint whose names and shapes to restore; None: those that transformers saves.
-        dtype: dtype of floating-point tensors, except those that a model keeps in float32; None: their own.
+        dtype: dtype of floating-point tensors, except those that a model keeps in float32; see ``dtype_to_save``. None:
+            their own.
         **options: see ``SourceOptions``.
 
     Raises:
@@ -132,10 +135,10 @@ def named_tensors(
     model = plain_model(module)
     tensors = saved_tensors(model)
     refuse_unlike_stored(tensors)
-    rules = None if rules is None else list(rules)
+    rules = given_rules(rules)
     opened = None if reference is None else open_checkpoint(reference, **options)
     plan = saving_plan(state_table(tensors), model=model, rules=rules, layout=layout, reference=opened)
-    plan = with_dtype(plan, dtype, model, rules)
+    plan = with_dtype(plan, dtype_to_save(dtype, model, tensors.values()), model, rules)
     refuse_codes_without_scales(plan)
     refuse_missing_experts({name: tensor.shape for name, tensor in tensors.items()}, model)
     for tensor in tensors.values():

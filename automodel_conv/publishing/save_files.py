@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from automodel_conv.files.checkpoint import open_checkpoint
 from automodel_conv.files.destination import Destination
 from automodel_conv.files.shards import CHECKSUMS_NAME, Naming, Shard, index_of
 from automodel_conv.files.write_errors import write_errors
+from automodel_conv.progress import ignore
 from automodel_conv.upstream.saved_config import write_config
 
 
@@ -73,15 +74,19 @@ def commit_save(
     destination.commit(index_of(shards, parameters, naming))
 
 
-def write_checksums(destination: Destination, shards: Sequence[Shard], threads: int) -> None:
-    """Write the file of checksums of all tensors in a destination."""
+def write_checksums(
+    destination: Destination, shards: Sequence[Shard], threads: int, advance: Callable[[int], None] = ignore
+) -> None:
+    """Write the file of checksums of all tensors in a destination; for ``advance`` see ``checksums_of``."""
     sums: dict[str, str] = {}
     for shard in shards:
         known = destination.checksums.get(shard.name)
-        sums |= shard_checksums(destination, shard, threads) if known is None else known
+        sums |= shard_checksums(destination, shard, threads, advance) if known is None else known
     destination.write(CHECKSUMS_NAME, checksums_text(sums))
 
 
-def shard_checksums(destination: Destination, shard: Shard, threads: int) -> dict[str, str]:
+def shard_checksums(
+    destination: Destination, shard: Shard, threads: int, advance: Callable[[int], None] = ignore
+) -> dict[str, str]:
     """Return the checksums of the tensors in a file that is complete on this machine, by name."""
-    return checksums_of(open_checkpoint(destination.finished_path(shard.name)), threads)
+    return checksums_of(open_checkpoint(destination.finished_path(shard.name)), threads, advance)

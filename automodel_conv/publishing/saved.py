@@ -21,7 +21,7 @@ from automodel_conv.planning.composition import table_of
 from automodel_conv.planning.copies import Target
 from automodel_conv.planning.plan import CopyPlan
 from automodel_conv.planning.resolve import resolve
-from automodel_conv.upstream.models import checked_dtype, model_targets, tied_names
+from automodel_conv.upstream.models import model_targets, tied_names
 from automodel_conv.upstream.registry import is_pretrained_model, model_rules
 from automodel_conv.upstream.rules import RuleSet
 
@@ -47,11 +47,7 @@ def with_dtype(
         dtype: dtype of the targets; None: the plan is returned unchanged.
         model: model that keeps some parameters in float32.
         rules: rules by which the checkpoint is loaded; None: the rules of the model.
-
-    Raises:
-        UnsupportedError: ``dtype`` is not a floating-point dtype.
     """
-    checked_dtype(dtype)
     code = None if dtype is None else dtype_code(dtype)
     if code is None:
         return plan

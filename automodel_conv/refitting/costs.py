@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from automodel_conv.errors import size_text
-from automodel_conv.execution.report_text import Row, cost_rows, count_row, memory_row, text_of
+from automodel_conv.execution.report_text import Report, Row, cost_rows, count_row, memory_row
 from automodel_conv.schedule.rounds import Sizes, offsets_in_bucket
 
 
-@dataclass(frozen=True)
-class RefitReport:
+@dataclass(frozen=True, repr=False)
+class RefitReport(Report):
     """The outcome of a refit on one rank; ``print`` shows it.
 
     Attributes:
@@ -27,7 +27,7 @@ class RefitReport:
         >>> report = RefitReport(bytes_sent=6000, bytes_received=0, messages=2, seconds=0.5, peak_extra_bytes=4096)
         >>> print(report)
         sent and received           6.0 kB
-        speed                       0.00 GB/s
+        speed                       12.00 kB/s
         messages                    2
         seconds                     0.500
         peak extra memory, at most  4.1 kB
@@ -48,22 +48,20 @@ class RefitReport:
         """10^9 bytes sent and received per second."""
         return (self.bytes_sent + self.bytes_received) / self.seconds / 1e9 if self.seconds else 0.0
 
-    def __str__(self) -> str:
+    def _rows(self) -> list[Row]:
         moved = self.bytes_sent + self.bytes_received
-        return text_of(
-            [
-                *cost_rows("sent and received", moved, self.gb_per_s),
-                Row("messages", str(self.messages)),
-                Row("seconds", f"{self.seconds:.3f}"),
-                memory_row(self.peak_extra_bytes),
-                count_row("left out", self.left_out),
-                count_row("unchanged", self.unchanged),
-            ]
-        )
+        return [
+            *cost_rows("sent and received", moved, self.gb_per_s),
+            Row("messages", str(self.messages)),
+            Row("seconds", f"{self.seconds:.3f}"),
+            memory_row(self.peak_extra_bytes),
+            count_row("left out", self.left_out),
+            count_row("unchanged", self.unchanged),
+        ]
 
 
-@dataclass(frozen=True)
-class RefitForecast:
+@dataclass(frozen=True, repr=False)
+class RefitForecast(Report):
     """The cost of each call of a refit, known before the first; ``print`` shows it.
 
     It is the same on all ranks.
@@ -117,24 +115,22 @@ class RefitForecast:
             totals[link[end]] += nbytes
         return totals
 
-    def __str__(self) -> str:
+    def _rows(self) -> list[Row]:
         sent, got = self.bytes_sent, self.bytes_received
-        return text_of(
-            [
-                Row("senders", str(len(sent))),
-                Row("receivers", str(len(got))),
-                Row("sent in all", size_text(sum(sent.values()))),
-                Row("sent by the busiest rank", size_text(max(sent.values(), default=0))),
-                Row("received by the busiest rank", size_text(max(got.values(), default=0))),
-                Row("sent on the busiest link", size_text(max(self.links.values(), default=0))),
-                Row("imbalance of senders", f"{self.imbalance:.2f}"),
-                Row("links", str(len(self.links))),
-                Row("messages", str(self.messages)),
-                Row("rounds", str(self.rounds)),
-                memory_row(self.peak_extra_bytes),
-                count_row("left out", self.left_out),
-            ]
-        )
+        return [
+            Row("senders", str(len(sent))),
+            Row("receivers", str(len(got))),
+            Row("sent in all", size_text(sum(sent.values()))),
+            Row("sent by the busiest rank", size_text(max(sent.values(), default=0))),
+            Row("received by the busiest rank", size_text(max(got.values(), default=0))),
+            Row("sent on the busiest link", size_text(max(self.links.values(), default=0))),
+            Row("imbalance of senders", f"{self.imbalance:.2f}"),
+            Row("links", str(len(self.links))),
+            Row("messages", str(self.messages)),
+            Row("rounds", str(self.rounds)),
+            memory_row(self.peak_extra_bytes),
+            count_row("left out", self.left_out),
+        ]
 
 
 def forecast_of(

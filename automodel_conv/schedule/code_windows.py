@@ -111,11 +111,12 @@ def code_windows(
                 numbered = [move._replace(target=n, target_offset=0) for n, move in enumerate(to_dtype)]
                 slabs_by_geometry[key] = tuple(cut_into_slabs(source, numbered, limit))
             for slab in slabs_by_geometry[key]:
-                if not window.has_room_for(slab):
+                placed = _PlacedSlab(slab, row, decode, to_dtype)
+                if not window.add(placed):
                     yield window.close(checkpoint)
                     number += 1
                     window = _Window(number, limit)
-                window.add(slab, row, decode, to_dtype)
+                    window.add(placed)
     if window.used:
         yield window.close(checkpoint)
 
@@ -141,13 +142,11 @@ class _Window:
         self._by_kind: dict[ScaleKind, list[_PlacedSlab]] = {}
         self._reads: list[list[int]] = []  # file, offset in the file, bytes and place in the window of each read
 
-    def has_room_for(self, slab: CodeSlab) -> bool:
-        """Return whether a slab fits into the rest of the window; any slab fits into an empty one."""
-        return not self._slabs or self.used + slab.nbytes + _GROUP_ALIGN_BYTES <= self._limit
-
-    def add(self, slab: CodeSlab, row: int, decode: Decode, moves: Sequence[Move]) -> None:
-        """Add a slab of a source."""
-        placed = _PlacedSlab(slab, row, decode, moves)
+    def add(self, placed: _PlacedSlab) -> bool:
+        """Add a slab if it fits into the rest of the window, and return whether it did; an empty one takes any slab."""
+        slab = placed.slab
+        if self._slabs and self.used + slab.nbytes + _GROUP_ALIGN_BYTES > self._limit:
+            return False
         self.used += slab.nbytes
         self._slabs.append(placed)
         same_kind = self._by_kind.get(slab.kind)
@@ -155,6 +154,7 @@ class _Window:
             self.used += _GROUP_ALIGN_BYTES
             same_kind = self._by_kind[slab.kind] = []
         same_kind.append(placed)
+        return True
 
     def close(self, checkpoint: Checkpoint) -> CodeWindow:
         """Lay out the window: codes, then for each kind its scales and its table, then decoded values."""

@@ -111,24 +111,6 @@ def matching(plan: Mapping[str, torch.dtype]) -> Callable[[str], torch.dtype | N
     return planned
 
 
-def checked_dtype(dtype: torch.dtype | None) -> None:
-    """Raise UnsupportedError if ``dtype`` is neither None nor float16, bfloat16, float32 or float64."""
-    if dtype is not None and not _is_floating(dtype):
-        name = str(dtype).removeprefix("torch.")
-        raise UnsupportedError(
-            message(
-                "not a floating torch dtype",
-                expected="torch.bfloat16, float16, float32 or float64",
-                found=repr(dtype),
-                do=f"pass torch.{name}" if _is_floating(getattr(torch, name, None)) else None,
-            )
-        )
-
-
-def _is_floating(dtype: object) -> bool:
-    return isinstance(dtype, torch.dtype) and dtype_code(dtype) in FLOATING
-
-
 def tied_names(model: nn.Module) -> list[tuple[str, ...]]:
     """Return groups of state dict names for one tensor: shared parameters, and names that transformers would tie."""
     first: dict[int, str] = {}

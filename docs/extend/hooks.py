@@ -3,7 +3,7 @@
 ``INCLUDED`` lists the pages that are files at the top of the repository. Links in any page to files of the repository
 that are not in docs/ lead to the repository, so that the same text works there and on the site. Pictures from
 ``benchmarks/results`` are copied into the site. A line ``<!-- options of load -->`` becomes the usage and the options
-of that command.
+of that command, and ``<!-- fields of LoadResult -->`` a table of the fields of that object in the JSON of commands.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ _PAGES = {file: page for page, file in INCLUDED.items()}
 _FENCE = re.compile(r"^ *(```|~~~)")
 _TARGET = re.compile(r"""(?P<before>\]\(|\b(?:src|srcset|href)=["'])(?P<target>[^)\s"'#:]+)(?P<after>[#)\s"'])""")
 _OPTIONS = re.compile(r"^<!-- options of ([\w-]+(?: [\w-]+)*) -->$", re.MULTILINE)
+_FIELDS = re.compile(r"^<!-- fields of (\w+) -->$", re.MULTILINE)
 _PICTURES = ("benchmarks/results",)
 
 
@@ -43,6 +44,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files, **kwar
         markdown = (ROOT / included).read_text(encoding="utf-8")
     source = included or posixpath.join("docs", page.file.src_uri)
     markdown = _OPTIONS.sub(lambda marker: _options_of(marker[1]), markdown)
+    markdown = _FIELDS.sub(lambda marker: _fields_of(marker[1]), markdown)
     lines, in_fence = [], False
     for line in markdown.split("\n"):
         in_fence ^= _FENCE.match(line) is not None
@@ -64,10 +66,22 @@ def _linked(link: re.Match[str], source: str, page: Any, config: Any, files: Fil
     return link["before"] + target + link["after"]
 
 
-def _options_of(command: str) -> str:
-    """Return usage, arguments and options of a command, without the heading and the text above them."""
+def _fields_of(name: str) -> str:
+    """Return a table of the fields of an object."""
+    _find_the_package()
+    from docs.extend.cli_schema import fields_of
+
+    return fields_of(name)
+
+
+def _find_the_package() -> None:
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
+
+
+def _options_of(command: str) -> str:
+    """Return usage, arguments and options of a command, without the heading and the text above them."""
+    _find_the_package()
     from automodel_conv.cli.app import app
 
     group: Any = get_command(app)

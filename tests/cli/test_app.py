@@ -19,7 +19,7 @@ from benchmarks.full_size import write_header
 from tests.cli.support import GATE_UP, run, value
 
 HIDE = Path(__file__).parents[1] / "hide"
-BARS = {"convert": "converting", "verify": "verifying"}
+BARS = {"convert": "writing", "verify": "verifying"}
 needs_transformers = pytest.mark.skipif(not transformers_available(), reason="builds a transformers model")
 
 
@@ -53,9 +53,9 @@ def test_plan_in_another_layout_names_its_targets(moe):
     assert f"{target}  BF16 [3, 64, 64]" in result.stdout
 
 
-def test_plan_written_as_json_reads_back(plain, tmp_path):
+def test_saved_plan_reads_back(plain, tmp_path):
     file = tmp_path / "plan.json"
-    assert run("plan", plain, "--no-model", "--json", file).exit_code == 0
+    assert run("plan", plain, "--no-model", "--save", file).exit_code == 0
     assert CopyPlan.from_json(file.read_text()) == automodel_conv.compile_plan(plain, rules=[])
     assert json.loads(file.read_text())
 
@@ -162,8 +162,8 @@ def test_load_reports_bytes_phases_and_names(moe):
 
 @needs_transformers
 def test_load_draws_a_progress_bar(moe):
-    assert "loading" in run("load", moe, "--progress").stderr
-    assert "loading" not in run("load", moe).stderr
+    assert "reading" in run("load", moe, "--progress").stderr
+    assert "reading" not in run("load", moe).stderr
 
 
 @needs_transformers
@@ -285,6 +285,21 @@ def python(*arguments, **variables):
         env={**os.environ, **variables},
         cwd=Path(automodel_conv.__file__).parent.parent,
     )
+
+
+def test_ctrl_c_while_the_command_line_is_imported_ends_with_130():
+    program = """
+import sys
+class Interrupted:
+    def find_spec(self, name, path=None, target=None):
+        if name == "automodel_conv.cli.app":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupted())
+from automodel_conv.cli import main
+main()
+"""
+    done = python("-c", program)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_help_and_plain_plans_work_without_transformers(plain):

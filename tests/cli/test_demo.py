@@ -10,7 +10,7 @@ import pytest
 
 from automodel_conv.cli import demo
 from automodel_conv.cli.app import show_demo
-from automodel_conv.errors import ConversionError, UnsupportedError
+from automodel_conv.errors import ConversionError, UnsupportedError, WriteError
 from automodel_conv.upstream.registry import transformers_available
 from tests.cli.support import GATE_UP, run
 
@@ -45,6 +45,27 @@ def test_demo_shows_its_progress_and_no_output_of_other_packages(tmp_path, site,
     assert [line.split()[0] for line in lines] == ["importing", "writing", "39", "loading", *demo.METHODS]
     assert result.different == ()
     assert capfd.readouterr() == ("", "")
+
+
+@needs_transformers
+def test_page_of_the_plan_is_written_and_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "RUNS", 1)
+    page, temporary = tmp_path / "plan.html", tmp_path / "temporary"
+    temporary.mkdir()
+    lines = []
+    demo.run_demo(demo.TINY, str(temporary), lines.append, page)
+    assert "2 layers with 3 experts each</title>" in page.read_text()
+    assert [line for line in lines if str(page) in line] == [f"its plan, to look at in a browser: {page}"]
+    assert list(temporary.iterdir()) == []
+
+
+@needs_transformers
+def test_page_that_cannot_be_written_is_an_error_before_the_loads(tmp_path):
+    lines = []
+    with pytest.raises(WriteError, match=r"absent/plan\.html"):
+        demo.run_demo(demo.TINY, str(tmp_path), lines.append, tmp_path / "absent" / "plan.html")
+    assert not [line for line in lines if line.startswith("loading")]
+    assert list(tmp_path.iterdir()) == []
 
 
 @needs_transformers

@@ -1,5 +1,7 @@
 """Tests of ``convert --dry-run``: it reports what a conversion would do, and neither writes nor reads data."""
 
+import re
+
 from automodel_conv.files import system
 from automodel_conv.files.staging import STAGING_NAME
 from tests.cli.support import run, value
@@ -21,7 +23,7 @@ def test_dry_run_fails_if_the_disk_is_too_full(plain, tmp_path, monkeypatch):
     result = run("convert", plain, tmp_path / "new", "--no-model", "--dry-run")
     assert result.exit_code == 1
     assert result.stderr.startswith("error: the disk has too little room\n")
-    assert "found:    100 bytes\n  do:       remove other files, or choose a directory on another disk" in result.stderr
+    assert re.search(r"found:    100 bytes free, [\d.]+ \w+ too few\n  do:       remove other files, or", result.stderr)
     assert "needs on the disk" in result.stdout
     # Space that an unfinished conversion uses is free for its completion, or for another conversion.
     (tmp_path / "new" / STAGING_NAME).mkdir(parents=True)

@@ -23,15 +23,28 @@ def test_bar_is_shown_on_a_terminal_by_default(monkeypatch, is_terminal):
 
 def test_a_dtype_is_named_as_in_torch():
     assert dtype_named(None) is None
-    assert dtype_named("bfloat16") is torch.bfloat16
+    assert dtype_named("bfloat16") is dtype_named("torch.bfloat16") is torch.bfloat16
+    assert dtype_named("auto") == "auto"
 
 
-@pytest.mark.parametrize("name", ["float33", "Tensor", "", "torch.float32"])
-def test_malformed_dtype_error_names_the_option(name):
-    with pytest.raises(typer.BadParameter, match="has no dtype") as caught:
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("float33", "float32"),
+        ("bf16", "bfloat16"),
+        ("BF16", "bfloat16"),
+        ("fp16", "float16"),
+        ("Tensor", None),
+        ("int8", None),
+        ("", None),
+    ],
+)
+def test_unknown_dtype_suggests_the_one_that_is_meant(name, meant):
+    with pytest.raises(typer.BadParameter, match="no dtype") as caught:
         dtype_named(name)
     assert repr(name) in str(caught.value)
     assert caught.value.param_hint == "--dtype"
+    assert str(caught.value).partition("  do:       ")[2] == ("" if meant is None else f"write --dtype {meant}")
 
 
 def test_threads_below_one_are_refused_by_the_command_line(plain):
@@ -47,7 +60,9 @@ def test_rules_are_those_of_the_model_none_or_a_recipe(monkeypatch):
     assert rules_of(True, "nobodys") == ["a rule"]
 
 
-@pytest.mark.parametrize(("model", "recipe", "error"), [(False, "kimi_k2", "--no-model"), (True, "kimi", "kimi_k2")])
+@pytest.mark.parametrize(
+    ("model", "recipe", "error"), [(False, "kimi_k2", "--no-model"), (True, "kimi_k", "write --recipe kimi_k")]
+)
 def test_recipe_that_is_unknown_or_contradicted_names_the_option(model, recipe, error):
     with pytest.raises(typer.BadParameter, match=error) as caught:
         rules_of(model, recipe)
@@ -123,3 +138,11 @@ def test_options_of_sources_are_options_of_all_commands_that_read(command, plain
     result = run(*command.split(), plain, *further.get(command, []), "--subfolder", "../up")
     assert result.exit_code == 1
     assert "no subfolder" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["load", "convert", "verify", "bench", "plan", "adapter merge"])
+def test_help_of_80_columns_cuts_no_word(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = run(*command.split(), "--help").stdout
+    assert "vllm_trtllm_padded" in shown
+    assert "…" not in shown

@@ -16,9 +16,8 @@ from tests.cli.support import run
 MESHES = ("--trainer", "fsdp=2", "--engine", "tp=2")
 
 
-def test_prints_divisions_costs_and_the_busiest_link(moe, no_tensor_data, tmp_path):
-    file = tmp_path / "forecast.json"
-    result = run("refit-plan", moe, *MESHES, "--bucket-bytes", "64KiB", "--json", file)
+def test_prints_divisions_costs_and_the_busiest_link(moe, no_tensor_data):
+    result = run("refit-plan", moe, *MESHES, "--bucket-bytes", "64KiB")
     assert result.exit_code == 0, result.output
     plan = refit_plan(described_model(str(moe), {}, None), {"fsdp": 2}, parse_engine_mesh("tp=2"), 1 << 16)
     assert str(plan.forecast) in result.stdout
@@ -28,7 +27,6 @@ def test_prints_divisions_costs_and_the_busiest_link(moe, no_tensor_data, tmp_pa
     assert "k_proj, v_proj" in text
     sender, receiver = plan.busiest_link
     assert f"the busiest link is from rank {sender} to rank {receiver}; ranks of the trainer come first" in text
-    assert json.loads(file.read_text()) == json.loads(plan.to_json())
 
 
 def test_needs_only_a_config(moe, tmp_path):
@@ -49,12 +47,12 @@ def test_a_dtype_is_not_guessed(moe, tmp_path):
     assert run("refit-plan", tmp_path, *MESHES, "--dtype", "bfloat16").exit_code == 0
 
 
-def test_a_dtype_replaces_that_of_the_config(moe, tmp_path):
+def test_a_dtype_replaces_that_of_the_config(moe):
     sent = []
     for dtype in ("bfloat16", "float32"):
-        file = tmp_path / dtype
-        assert run("refit-plan", moe, *MESHES, "--dtype", dtype, "--json", file).exit_code == 0
-        sent.append(sum(json.loads(file.read_text())["bytes_sent"].values()))
+        result = run("refit-plan", moe, *MESHES, "--dtype", dtype, "--json")
+        assert result.exit_code == 0, result.output
+        sent.append(sum(json.loads(result.stdout)["result"]["bytes_sent"].values()))
     assert sent[1] == 2 * sent[0]
 
 

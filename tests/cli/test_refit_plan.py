@@ -1,6 +1,5 @@
 """Tests of ``refit_plan``: its parts are exact, and it needs no weights."""
 
-import json
 import shutil
 
 import pytest
@@ -58,22 +57,6 @@ def test_steps_are_named():
     named = []
     refit_plan(build_on_meta("qwen3_moe"), {"fsdp": 2}, parse_engine_mesh("tp=2"), BUCKET_BYTES, named.append)
     assert named == ["plan", "rank 1 of 2 of the engine", "rank 2 of 2 of the engine", "rounds"]
-
-
-def test_json_has_the_bytes_of_each_link():
-    plan = plan_of("fsdp=2", "tp=2")
-    value = json.loads(plan.to_json())
-    forecast = plan.forecast
-    assert {(sender, receiver): nbytes for sender, receiver, nbytes in value["links"]} == forecast.links
-    assert value["bytes_sent"] == {str(rank): nbytes for rank, nbytes in forecast.bytes_sent.items()}
-    assert [value[key] for key in ("messages", "rounds", "peak_extra_bytes", "imbalance", "left_out")] == [
-        forecast.messages,
-        forecast.rounds,
-        forecast.peak_extra_bytes,
-        forecast.imbalance,
-        [],
-    ]
-    assert value["divided"][0]["division"] == "intermediate size of each expert over tp x dp"
 
 
 def test_a_config_is_enough(config, moe):

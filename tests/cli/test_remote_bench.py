@@ -24,7 +24,7 @@ FOUND = RemoteBench(
     open_seconds=0.1,
     plan_seconds=0.02,
     wait_seconds=0.02,
-    rates={1: 0.3, 4: 0.9, 16: 1.0},
+    gb_per_s={1: 0.3, 4: 0.9, 16: 1.0},
     load_bytes=3 * 10**9,
     load_seconds=3.0,
     connections=16,
@@ -46,9 +46,9 @@ def folder(tmp_path_factory):
 def test_ranges_are_read_with_every_number_of_connections(folder, threads, counts):
     with serve(folder) as server:
         result = remote_bench.remote_bench(server.url, SourceSettings(), rules=[], threads=threads, seconds=0.05)
-    assert result.rates.keys() == counts
+    assert result.gb_per_s.keys() == counts
     assert (result.files, result.tensors, result.nbytes, result.connections) == (1, 3, NBYTES, max(counts))
-    assert all(seconds > 0 for seconds in (*result.rates.values(), result.load_seconds, result.wait_seconds))
+    assert all(seconds > 0 for seconds in (*result.gb_per_s.values(), result.load_seconds, result.wait_seconds))
 
 
 def test_load_stops_at_the_bytes_to_time(folder):
@@ -83,11 +83,11 @@ def test_checkpoint_without_data_is_refused(tmp_path):
     ("changes", "bound", "words"),
     [
         ({}, "link", ["link", "16 connections", "1.00 GB/s"]),
-        ({"rates": {1: 0.1, 4: 0.4, 16: 1.0}}, "latency", ["20 ms", "--threads 32"]),
-        ({"rates": {1: 0.1, 4: 0.4, 16: 0.3}}, "latency", ["--threads 32"]),  # the load reads faster
-        ({"load_seconds": 6.0}, "machine", ["reads 1.00 GB/s", "places 0.50 GB/s"]),
-        ({"rates": {1: 1.0}, "connections": 1}, "link", ["link"]),
-        ({"rates": {1: 1.5, 4: 1.2, 16: 1.1}}, "machine", ["reads 1.50"]),
+        ({"gb_per_s": {1: 0.1, 4: 0.4, 16: 1.0}}, "latency", ["20 ms", "--threads 32"]),
+        ({"gb_per_s": {1: 0.1, 4: 0.4, 16: 0.3}}, "latency", ["--threads 32"]),  # the load reads faster
+        ({"load_seconds": 6.0}, "machine", ["reads 1.00 GB/s", "places 500.00 MB/s"]),
+        ({"gb_per_s": {1: 1.0}, "connections": 1}, "link", ["link"]),
+        ({"gb_per_s": {1: 1.5, 4: 1.2, 16: 1.1}}, "machine", ["reads 1.50"]),
     ],
 )
 def test_bound_follows_from_the_rates(changes, bound, words):

@@ -33,12 +33,23 @@ def terminal_of(monkeypatch):
 
 
 def test_line_names_the_current_step_and_is_erased_at_the_end(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
     terminal = terminal_of(monkeypatch)
     with step_line(True, seconds=0.01) as step:
         step("planning")
         wait_for(terminal, "planning")
         step("rank 1 of 8")
     assert terminal.getvalue() == f"{ERASE}planning ...{ERASE}rank 1 of 8 ...{ERASE}"
+
+
+def test_terminal_that_cannot_erase_gets_lines(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    terminal = terminal_of(monkeypatch)
+    with step_line(True, seconds=0.01) as step:
+        step("planning")
+        wait_for(terminal, "planning")
+        step("rank 1 of 8")
+    assert terminal.getvalue() == "planning ...\nrank 1 of 8 ...\n"
 
 
 def test_quick_commands_and_disabled_lines_show_nothing(monkeypatch):

@@ -74,11 +74,11 @@ def test_a_conversion_counts_files_bytes_and_names(verified):
         ["3.1 MB"],
         ["1"],
         ["2"],
-        ["1 files"],
+        ["1 file"],
     ]
     assert ("read back and compared" in caption(table)) == verified
     assert str(report).count("\n") == 8 + 3  # the same rows, and a line for each name
-    assert str(report).endswith("y\n    z\nother files copied           1 files")
+    assert str(report).endswith("y\n    z\nother files copied           1 file")
 
 
 def report(**changes):
@@ -99,7 +99,7 @@ def report(**changes):
 def test_a_load_has_a_row_for_each_phase_and_each_kind_of_problem():
     found = rows(report_table(report(), 7))
     assert found["tensors"] == ["7"]
-    assert found["speed"] == ["0.50 GB/s"]
+    assert found["speed"] == ["500.00 MB/s"]
     phases = [found[f"seconds: {phase}"] for phase in ("open", "plan, with imports", "read")]
     assert [*phases, found["seconds"]] == [["0.500"], ["0.250"], ["2.000"], ["2.750"]]
     assert [found[name] for name in ("missing", "unexpected", "wrong shape", "left out")] == [
@@ -164,7 +164,7 @@ def demo(**loads):
 def test_demo_shows_speed_and_exactness_of_each_way():
     load = DemoLoad(seconds=2.0, anonymous_bytes=10**9, resident_bytes=None, digests={})
     result = demo(transformers=load, ours=load)
-    assert rows(demo_table(result))["ours 1.0"] == ["2.00", "2.00", "1.00 GB", "-", "all"]
+    assert rows(demo_table(result))["ours 1.0"] == ["2.00", "2.00 GB/s", "1.0 GB", "-", "all"]
     assert rows(demo_table(result))["transformers 1.0"][-1] == ""
     different = replace(result, different=("a",))
     assert rows(demo_table(different))["ours 1.0"][-1] == "no"
@@ -198,12 +198,12 @@ def measured(**changes):
 @pytest.mark.parametrize(
     ("cached", "dropped", "state", "first"),
     [
-        (1.0, False, "100%", "0.50 GB/s from the page cache"),
-        (0.5, False, "50%", "0.50 GB/s from both"),
-        (0.0, False, "0%", "0.50 GB/s from the disk"),
-        (0.0, True, "0%, dropped", "0.50 GB/s from the disk"),
-        (1.0, True, "100%, though the system was asked to drop it", "0.50 GB/s from the page cache"),
-        (None, True, "unknown: this system does not report it", "0.50 GB/s"),
+        (1.0, False, "100%", "500.00 MB/s from the page cache"),
+        (0.5, False, "50%", "500.00 MB/s from both"),
+        (0.0, False, "0%", "500.00 MB/s from the disk"),
+        (0.0, True, "0%, dropped", "500.00 MB/s from the disk"),
+        (1.0, True, "100%, though the system was asked to drop it", "500.00 MB/s from the page cache"),
+        (None, True, "unknown: this system does not report it", "500.00 MB/s"),
     ],
 )
 def test_bench_shows_whether_the_first_read_was_from_the_disk(cached, dropped, state, first):
@@ -218,11 +218,11 @@ def test_bench_shows_each_number_of_threads_with_its_roof():
     found = rows(counts)
     assert found["files, tensors"] == ["2, 9"]
     assert found["transposed, interleaved, cast or decoded"] == ["25%"]
-    assert found["first read"] == ["0.50 GB/s"]
+    assert found["first read"] == ["500.00 MB/s"]
     assert found["in the page cache before the first read"] == ["unknown: this system does not report it"]
     assert found["setting for huge pages"] == ["unknown"]
-    assert rows(speeds)["1"] == ["2.00", "1.00", "2.000", "0.50"]
-    assert rows(speeds)["2 (default)"] == ["4.00", "3.20", "0.625", "0.80"]
+    assert rows(speeds)["1"] == ["2.00 GB/s", "1.00 GB/s", "2.000", "0.50"]
+    assert rows(speeds)["2 (default)"] == ["4.00 GB/s", "3.20 GB/s", "0.625", "0.80"]
     assert "mostly huge" in caption(speeds)
 
 

@@ -86,7 +86,7 @@ def test_codes_without_a_config_do_not_fill_a_model(tmp_path):
         ({"layout": "numo"}, "unknown layout 'numo'"),
         ({"source_layout": "numo"}, "unknown layout 'numo'"),
         ({"layout": "per_expert"}, "unknown layout 'per_expert'"),
-        ({"dtype": torch.int8}, "not a floating torch dtype"),
+        ({"dtype": torch.int8}, "not a floating dtype"),
     ],
     ids=str,
 )

@@ -88,7 +88,7 @@ def test_directory_with_a_checkpoint_is_refused_and_unchanged(model, source, tmp
 def test_converting_onto_the_source_itself_is_refused(source, tmp_path):
     copied = copy_of(source, tmp_path / "source")
     before = everything(copied)
-    assert_refused(partial(amc.convert_checkpoint, copied, copied), DestinationError, "holds a checkpoint already")
+    assert_refused(partial(amc.convert_checkpoint, copied, copied), DestinationError, "the directory of the source")
     assert everything(copied) == before
 
 

@@ -75,8 +75,8 @@ MUTANTS = {
     "a file is recorded before it is on the disk": (writing, "            system.sync(fd)\n", ""),
     "a file is recorded before it is written": (
         conversion_files,
-        "                if to_write:\n",
-        "                if to_write:\n                    place.finish(shard)\n",
+        "                if shard.name in unfinished:\n",
+        "                if shard.name in unfinished:\n                    place.finish(shard)\n",
     ),
     "the index comes first": (
         destination_module,

@@ -326,7 +326,7 @@ def names_no_directory(source: Published, kind: str, directory: str) -> None:
     model = filled(source, kind)
     try:
         amc.save_checkpoint(model, directory if not on(1) else None)
-    except (TypeError, amc.ConversionError) as error:
+    except amc.ConversionError as error:
         send_error(error)
     assert not os.path.exists(directory)
 

@@ -191,7 +191,9 @@ def test_explicit_backend_is_refused_before_anything_is_read(cases, calls):
     assert calls.reads == 0
 
 
-@pytest.mark.parametrize("options", [{"threads": 0}, {"scratch_bytes": 8191}, {"device_scratch_bytes": 0}])
+@pytest.mark.parametrize(
+    "options", [{"threads": 0}, {"threads": "2"}, {"scratch_bytes": 8191}, {"device_scratch_bytes": 0}]
+)
 def test_impossible_options_are_refused(cases, options):
     with pytest.raises(ConversionError, match="expected"):
         load(cases[0], SimulatedDevice(), **options)

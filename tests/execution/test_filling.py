@@ -103,7 +103,7 @@ def test_buffers_on_several_devices_get_their_bytes(tmp_path, devices, calls, th
     assert_settled(devices, calls)
     bars = capsys.readouterr().err
     assert bars.count("\n") == progress  # one bar for all bytes
-    assert ("loading: 100%" in bars.split("\r")[-1]) == progress
+    assert ("reading: 100%" in bars.split("\r")[-1]) == progress
 
 
 def test_devices_are_filled_at_the_same_time(tmp_path, devices, monkeypatch):

@@ -42,7 +42,7 @@ def test_buffer_that_does_not_fit_is_named_before_anything_is_read(tmp_path, cal
     assert calls.reads == reads
 
 
-@pytest.mark.parametrize("options", [{"threads": 0}, {"scratch_bytes": 100}])
+@pytest.mark.parametrize("options", [{"threads": 0}, {"threads": "2"}, {"threads": 1.5}, {"scratch_bytes": 100}])
 def test_impossible_options_are_refused(tmp_path, options):
     _, checkpoint, plan = moe(tmp_path)
     with pytest.raises(ConversionError, match="scratch_bytes"):

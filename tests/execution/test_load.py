@@ -9,6 +9,7 @@ from automodel_conv.errors import ConversionError, ReadError, message
 from automodel_conv.execution.buffers import allocate
 from automodel_conv.execution.load import add_filled_targets, prepare_load, run_load
 from automodel_conv.execution.stats import LoadStats
+from automodel_conv.execution.timeline import Lane
 from automodel_conv.execution.workers import Stopped
 from automodel_conv.planning.copies import Fallback, Target
 from tests.execution.support import columns, plan_of, target, write_checkpoint
@@ -64,7 +65,7 @@ def test_calls_run_after_the_copies_and_all_bytes_are_counted(case, capsys):
         assert bool((buffers["one"] == -1).all())
         return STATS._replace(threads=3)
 
-    stats = run_load(load, 40, run, set, False, None)
+    stats = run_load(load, 40, run, set, False, None, Lane("main"))
     assert stats == LoadStats(60, 0, 0, threads=3)
     assert torch.equal(buffers["one"], torch.arange(5.0) + 1)
     assert torch.equal(buffers["two"], torch.arange(5.0) + 2)
@@ -78,7 +79,7 @@ def test_error_of_the_copies_names_the_targets_that_are_complete(case):
         raise ReadError(message("no disk", do="buy one"))
 
     with pytest.raises(ReadError) as caught:
-        run_load(load, 40, run, lambda: {0}, False, None)
+        run_load(load, 40, run, lambda: {0}, False, None, Lane("main"))
     assert caught.value.args == ("no disk\n  filled:   1 of 5 targets\n    b\n  do:       buy one",)
 
 
@@ -87,7 +88,7 @@ def test_error_of_a_call_names_all_copies(case):
     load = prepare_load(plan, checkpoint, buffers)
     del load.buffers["two"]
     with pytest.raises(ConversionError) as caught:
-        run_load(load, 40, lambda advance: STATS, set, False, None)
+        run_load(load, 40, lambda advance: STATS, set, False, None, Lane("main"))
     assert "filled:   2 of 5 targets\n    a\n    b" in str(caught.value)
 
 
@@ -101,7 +102,7 @@ def test_no_call_is_begun_after_a_stop(case):
         return STATS
 
     with pytest.raises(Stopped) as caught:
-        run_load(prepare_load(plan, checkpoint, buffers), 40, run, set, False, stop)
+        run_load(prepare_load(plan, checkpoint, buffers), 40, run, set, False, stop, Lane("main"))
     assert bool((buffers["one"] == -1).all())
     assert caught.value.__notes__ == ["  filled:   2 of 5 targets\n    a\n    b"]
 

@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from automodel_conv.errors import rate_text
 from automodel_conv.execution.page_policy import PagePolicy, PageUse
 
 MIB = 1 << 20
@@ -141,11 +142,12 @@ def test_populated_pages_are_reported():
     assert use.small_bytes > 0.95 * load.done
     assert use.small_gb_per_s == pytest.approx(BLOCK_BYTES / 1e6 / SMALL)
     assert use.huge_gb_per_s == pytest.approx(BLOCK_BYTES / 1e6 / HOST)
-    assert str(use).startswith("small pages for 100% (2.1 GB/s), huge pages for 0% (0.5 GB/s)")
+    speeds = rate_text(BLOCK_BYTES / 1e6 / SMALL), rate_text(BLOCK_BYTES / 1e6 / HOST)
+    assert str(use).startswith("small pages for 100% ({}), huge pages for 0% ({})".format(*speeds))
     assert str(use).endswith("of 5.0 GB")
 
 
 def test_unmeasured_pages_are_not_reported():
     assert str(PageUse()) == "no new memory of 4 MiB or more"
-    assert str(PageUse(0, 8 * 10**6, None, 2.0)) == "small pages for 100% (2.0 GB/s) of 8.0 MB"
+    assert str(PageUse(0, 8 * 10**6, None, 2.0)) == "small pages for 100% (2.00 GB/s) of 8.0 MB"
     assert PagePolicy(True).use() == PageUse()

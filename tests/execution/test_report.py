@@ -93,7 +93,7 @@ def test_printed_report_has_bytes_seconds_and_the_names_of_each_problem(new_repo
     done.seconds.update(open=0.25, plan=0.5, read=7.0)  # type: ignore[attr-defined]
     text = " ".join(str(done).split())
     for words in (
-        "read 38 bytes speed 0.00 GB/s mapped 12 bytes seconds 7.750"
+        "read 38 bytes speed 5 bytes/s mapped 12 bytes seconds 7.750"
         " seconds: open 0.250 seconds: plan, with imports 0.500 seconds: read 7.000",
         "threads, at most 9 new memory no new memory of 4 MiB or more",
         "copies on the device by kernels 5 copies on the device by torch 9 no kernels, because no compiler",
@@ -102,7 +102,7 @@ def test_printed_report_has_bytes_seconds_and_the_names_of_each_problem(new_repo
     ):
         assert words in text
     assert "unindexed" not in text
-    assert repr(done).startswith("LoadReport(missing_keys=('m',), ")
+    assert repr(done).startswith("<LoadReport: read: 38 bytes, speed: 5 bytes/s, mapped: 12 bytes, ")
 
 
 def test_printed_report_of_many_names_is_short(new_report):

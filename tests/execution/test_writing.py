@@ -283,7 +283,9 @@ def test_shares_of_a_budget_do_not_exceed_it(scratch_bytes, reads_files):
     assert 1 <= split_scratch(None, scratch_bytes, reads_files=reads_files).threads <= 16
 
 
-@pytest.mark.parametrize("options", [(0, 1 << 20), (-1, 1 << 20), (1, LEAST_SCRATCH_BYTES - 1)])
+@pytest.mark.parametrize(
+    "options", [(0, 1 << 20), (-1, 1 << 20), (1, LEAST_SCRATCH_BYTES - 1), ("2", 1 << 20), (1, 1e9)]
+)
 def test_impossible_budgets_are_refused(options):
     with pytest.raises(ConversionError, match=r"threads >= 1, scratch_bytes >= "):
         split_scratch(*options, reads_files=True)

@@ -259,7 +259,6 @@ def test_repository_without_huggingface_hub_is_an_error_with_advice(monkeypatch)
         "/missing/x",
         "a/b.safetensors",
         "a/b.bin",
-        "",
     ],
 )
 def test_missing_path_unlike_a_repository_name_is_not_downloaded(monkeypatch, path, tmp_path):

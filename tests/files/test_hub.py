@@ -281,8 +281,8 @@ def test_offline_conversion_without_tokenizer_is_an_error(hub, repository, tmp_p
 WRONG = {
     "layout": ({"layout": "numo"}, "unknown layout"),
     "source layout": ({"source_layout": "per-expert"}, "unknown layout"),
-    "dtype": ({"dtype": torch.int8}, "not a floating torch dtype"),
-    "dtype as text": ({"dtype": "bf16"}, "not a floating torch dtype"),
+    "dtype": ({"dtype": torch.int8}, "not a floating dtype"),
+    "dtype as text": ({"dtype": "bf16"}, "not a floating dtype"),
 }
 WRONG_CONVERSIONS = WRONG | {
     "drop": ({"drop": 3}, "not a pattern of names to drop"),

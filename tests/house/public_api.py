@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from importlib import import_module
-from typing import Any, ForwardRef, is_typeddict
+from typing import Any, ForwardRef, get_args, get_origin, is_typeddict
 
 PACKAGE = "automodel_conv"
 _SHORT = 100
@@ -25,6 +25,7 @@ MODULES = (
     f"{PACKAGE}.integrations.vllm",
     f"{PACKAGE}.recipes",
     f"{PACKAGE}.testing",
+    f"{PACKAGE}.types",
 )
 # Public functions of the kernels, by module.
 VERBS = {
@@ -87,10 +88,21 @@ def _indented(text: str, before: str) -> Iterator[str]:
 
 
 def _entry(name: str, value: Any) -> str:
+    if get_origin(value) is not None:
+        return f"{name}: {', '.join(_texts(value))}"
     if inspect.isclass(value):
         bases = ", ".join(base.__name__ for base in value.__bases__ if base is not object)
         return f"class {name}({bases})" if bases else f"class {name}"
     return f"{name}{_signature(value)}" if callable(value) else f"{name}: {type(value).__name__}"
+
+
+def _texts(kind: Any) -> Iterator[str]:
+    """Yield the texts that a type allows, and the names of the other types in it."""
+    for one in get_args(kind):
+        if get_origin(one) is not None:
+            yield from _texts(one)
+        else:
+            yield one.__name__ if inspect.isclass(one) else repr(one)
 
 
 def _members(cls: type) -> Iterator[str]:

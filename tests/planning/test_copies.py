@@ -1,11 +1,24 @@
 """Tests of copies over the row of all sources: fewer pieces that move the same elements."""
 
+import json
+
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
+from automodel_conv import open_checkpoint
 from automodel_conv.planning.boxes import SPAN, Box, Piece
-from automodel_conv.planning.copies import SourceTable, StridedCopy, by_source, group_copies, group_pieces, over_sources
+from automodel_conv.planning.copies import (
+    Places,
+    SourceTable,
+    StridedCopy,
+    by_source,
+    group_copies,
+    group_pieces,
+    over_sources,
+)
 
 EXPERTS = 8192
 
@@ -93,3 +106,24 @@ def test_sources_that_are_read_as_they_are_stay():
     sources = SourceTable(["a", "b"], ["F32", "U8"], [(2, 3), (4,)])
     assert sources.read_as({0: "F32"}) is sources
     assert sources.read_as({0: "F32", 1: "I16"}).stored == {1: ("U8", (4,))}
+
+
+def test_the_table_of_a_checkpoint_has_the_places_of_its_tensors(tmp_path):
+    for file, names in (("one", "ab"), ("two", "c")):
+        save_file({name: torch.full((3,), ord(name)) for name in names}, tmp_path / f"{file}.safetensors")
+    index = {"weight_map": {"a": "one.safetensors", "b": "one.safetensors", "c": "two.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    table = SourceTable.from_checkpoint(open_checkpoint(tmp_path))
+    for name, file, at in zip(table.names, table.places.file_ids, table.places.offsets, strict=True):
+        path = table.places.files[file]
+        assert path.endswith({"a": "/one", "b": "/one", "c": "/two"}[name] + ".safetensors")
+        with open(path, "rb") as data:
+            assert data.read()[at : at + 24] == torch.full((3,), ord(name)).numpy().tobytes()
+
+
+def test_places_do_not_distinguish_tables():
+    names, dtypes, shapes = ["a"], ["BF16"], [(2,)]
+    placed = SourceTable(names, dtypes, shapes, places=Places(("file",), [0], [8]))
+    assert placed == SourceTable(names, dtypes, shapes)
+    assert "file" not in repr(placed)
+    assert placed.read_as({0: "U8"}).places == placed.places

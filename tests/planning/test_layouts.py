@@ -18,6 +18,12 @@ from automodel_conv.planning.layouts import (
 )
 
 
+@pytest.mark.parametrize("given", [["nemo"], {}, 3, b"nemo"])
+def test_layout_that_is_no_name_is_unknown(given):
+    with pytest.raises(UnsupportedError, match=r"^unknown layout "):
+        get_layout(given)
+
+
 def test_unknown_layout_lists_the_known_ones():
     with pytest.raises(UnsupportedError, match="unknown layout 'vlllm'") as error:
         get_layout("vlllm")
@@ -27,7 +33,7 @@ def test_unknown_layout_lists_the_known_ones():
 
 @pytest.mark.parametrize("name", ["per-expert", "per expert", "PER_EXPERT", "perexpert", "per_experts"])
 def test_layout_with_a_similar_name_is_suggested(name):
-    with pytest.raises(UnsupportedError, match=r"(?s)one of .*'per_expert'.*write 'per_expert'"):
+    with pytest.raises(UnsupportedError, match=r"(?s)expected: .*per_expert.*write 'per_expert'"):
         get_layout(name, PER_EXPERT)
     with pytest.raises(UnsupportedError, match="convert_checkpoint") as error:
         get_layout(name)

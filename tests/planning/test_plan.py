@@ -2,57 +2,16 @@
 
 import re
 from dataclasses import replace
+from html import escape
 
 import pytest
 
-from automodel_conv.errors import UnknownTarget
+from automodel_conv.errors import CoverageError, UnknownTarget
 from automodel_conv.planning.plan import CopyPlan
+from automodel_conv.planning.plan_picture import plan_page
+from automodel_conv.planning.regions import box
 from tests.planning.oracles import addressed, execute
 from tests.planning.plans import CHUNK, experts_plan, padded_plan, plan_of, table, targets_of, transposing_plan
-
-SUMMARY = """\
- targets  sources      size  execution      rule
-       1        4  96 bytes  read           e.*.gate + e.*.up -> gate_up: merge, join
-       1        1   8 bytes  read           (name only)
-       2        5 104 bytes  reads 104 bytes, 0 targets by transformers' own code"""
-
-EXPLANATION = """\
-gate_up  BF16 [2, 6, 4]  96 bytes  (read)
-  rule: e.*.gate + e.*.up -> gate_up: merge, join
-  e.0.gate BF16 [3, 4][0 + 12x1] -> [0 + 12x1]
-  e.0.up BF16 [3, 4][0 + 12x1] -> [12 + 12x1]
-  e.1.gate BF16 [3, 4][0 + 12x1] -> [24 + 12x1]
-  e.1.up BF16 [3, 4][0 + 12x1] -> [36 + 12x1]"""
-
-EXPLAINED_SWAP = """\
-w13  BF16 [2, 4, 6]  96 bytes  (strided)
-  rule: gate_up -> w13: alternate, swap
-  gate_up BF16 [2, 6, 4][0 + 2x24 4x1 3x4 2x12] -> [0 + 2x24 4x6 3x2 2x1]"""
-
-
-def test_summary_matches_the_expected_text():
-    assert experts_plan().summary() == SUMMARY
-
-
-def test_long_rules_of_summary_and_explain_have_several_lines():
-    sources = " + ".join(f"layers.*.mlp.experts.*.{part}_proj.weight" for part in ("gate", "up"))
-    rule = f"{sources} -> layers.*.mlp.experts.gate_up_proj: MergeModulelist(dim=0), Concatenate(dim=1)"
-    plan = replace(experts_plan(), rules=(rule, *experts_plan().rules[1:]))
-    assert plan.summary().splitlines()[1:5] == [
-        "       1        4  96 bytes  read           layers.*.mlp.experts.*.gate_proj.weight",
-        "                                              + layers.*.mlp.experts.*.up_proj.weight",
-        "                                              -> layers.*.mlp.experts.gate_up_proj:",
-        "                                                 MergeModulelist(dim=0), Concatenate(dim=1)",
-    ]
-    assert plan.explain("gate_up").splitlines()[1:3] == [
-        "  rule: layers.*.mlp.experts.*.gate_proj.weight",
-        "          + layers.*.mlp.experts.*.up_proj.weight",
-    ]
-
-
-def test_explain_names_every_source_and_its_region():
-    assert experts_plan().explain("gate_up") == EXPLANATION
-    assert transposing_plan().explain("w13") == EXPLAINED_SWAP
 
 
 def test_explain_of_an_unknown_target_suggests_names():
@@ -128,3 +87,44 @@ def test_rows_of_zeros_are_shown():
         "  head BF16 [2, 4][0 + 8x1] -> [0 + 8x1]",
         "  constant 0 -> [8 + 12x1]",
     ]
+
+
+def test_the_page_of_a_plan_has_a_title_and_replaces_a_file(tmp_path):
+    file = tmp_path / "plan.html"
+    file.write_text("something longer than the page" * 10_000)
+    experts_plan().to_html(file, title="experts & norm")
+    assert "<title>experts &amp; norm</title>" in file.read_text(encoding="utf-8")
+    experts_plan().to_html(str(file))
+    assert file.read_text(encoding="utf-8") == plan_page(experts_plan(), (), "2 tensors", {})
+
+
+def test_the_page_of_a_plan_shows_ranks(tmp_path):
+    file = tmp_path / "plan.html"
+    ranks = {"rank 0": {"norm": box((4,), (0,), (2,))}, "rank 1": {"norm": box((4,), (2,), (2,))}}
+    experts_plan().to_html(file, ranks=ranks)
+    assert file.read_text(encoding="utf-8") == plan_page(experts_plan(), (), "2 tensors", ranks)
+
+
+def test_no_page_is_written_if_it_cannot_show_the_ranks(tmp_path):
+    file = tmp_path / "plan.html"
+    with pytest.raises(CoverageError, match="rank 0"):
+        experts_plan().to_html(file, ranks={"rank 0": {"norm": box((5,), (0,), (2,))}})
+    assert not file.exists()
+    with pytest.raises(OSError, match="missing"):
+        experts_plan().to_html(tmp_path / "missing" / "plan.html")
+
+
+def test_a_notebook_shows_the_summary_and_the_page():
+    plan = experts_plan()
+    html = plan._repr_html_()
+    assert html.startswith(f'<pre style="font-family: monospace">{escape(plan.summary())}</pre><iframe ')
+    assert escape(plan_page(plan, (), "2 tensors, 104 bytes", {})) in html
+
+
+def test_a_notebook_shows_only_the_summary_of_a_large_plan():
+    target = experts_plan().target("norm")._replace(sources=(0,))
+    targets = tuple(target._replace(name=f"norm {number}") for number in range(50_000))
+    html = CopyPlan(table(norm=(4,)), targets)._repr_html_()
+    assert "<iframe" not in html
+    assert "plan.to_html(file)" in html
+    assert len(html) < 2000

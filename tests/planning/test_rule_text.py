@@ -30,6 +30,10 @@ def test_sources_targets_and_operations_have_lines_of_their_own():
     ]
 
 
+def test_operations_that_do_not_fit_have_lines_of_their_own():
+    assert rule_lines(COMPOSED, 40)[3:5] == ["     MergeModulelist(dim=0),", "     Concatenate(dim=1)"]
+
+
 def test_step_that_fits_is_one_line():
     assert rule_lines(COMPOSED, 90)[-1] == COMPOSED.split(", ")[-1]
 

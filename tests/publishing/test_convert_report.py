@@ -23,7 +23,13 @@ def with_values(**values):
 
 def test_speed_is_that_of_written_bytes():
     assert REPORT.gb_per_s == 1.5
-    assert with_values(seconds=0.0).gb_per_s == 0.0
+    assert with_values(seconds=9.0, phases={"plan": 6.0, "write": 2.0, "verify": 1.0}).gb_per_s == 1.5
+
+
+def test_phases_have_a_row_each():
+    lines = str(with_values(phases={"plan": 6.0, "write": 2.0})).splitlines()
+    assert [line.split()[-1] for line in lines if line.startswith("seconds")] == ["2.000", "6.000", "2.000"]
+    assert "seconds: plan, with imports" in str(with_values(phases={"plan": 6.0}))
 
 
 def test_text_has_a_line_for_each_row():

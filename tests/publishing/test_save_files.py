@@ -83,6 +83,6 @@ def test_a_disk_without_room_is_told_before_any_data_and_leaves_nothing(tmp_path
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(system, "reserve", full)
-    with pytest.raises(WriteError, match=r"(?s)room for [0-9]+ bytes.*No space left"):
+    with pytest.raises(WriteError, match=r"(?s)room for [0-9.]+ (bytes|.B).*No space left"):
         saved(tmp_path, shards)
     assert list(tmp_path.iterdir()) == []

@@ -40,8 +40,6 @@ def test_only_floating_targets_get_the_dtype():
     wanted = {"a": "F16", "b": "F16", "steps": "I64", "codes": "F8_E4M3"}
     assert dtypes(with_dtype(plan, torch.float16, None)) == wanted
     assert with_dtype(plan, None, None) is plan
-    with pytest.raises(UnsupportedError):
-        with_dtype(plan, torch.int32, None)
 
 
 def test_parameters_of_a_plain_model_get_the_dtype_by_the_rules():

@@ -100,6 +100,9 @@ def test_command_states_that_codes_are_not_cast(tmp_path, dry_run):
     assert re.search(r"kept as codes +│ +[1-9]\d*", result.stdout)
     assert "--dtype casts neither codes nor their scales: --dequantize decodes them" in result.stdout
     assert "grouped experts" not in result.stdout
+    as_json = CliRunner().invoke(app, [*command, "--dtype", "bfloat16", "--json"])
+    assert "--dtype casts neither codes nor their scales" in as_json.stderr
+    assert len(json.loads(as_json.stdout)["result"]["kept_codes"]) > 1
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     assert "--dtype" not in result.stdout
@@ -112,6 +115,9 @@ def test_command_states_that_a_type_is_published_with_grouped_experts(tmp_path, 
     result = CliRunner().invoke(app, [*command, "--layout", "per_expert"])
     assert result.exit_code == 0, result.output
     assert "gpt_oss is published with grouped experts: per_expert leaves them grouped" in result.stdout
+    as_json = CliRunner().invoke(app, [*command, "--layout", "per_expert", "--json"])
+    assert "gpt_oss is published with grouped experts: per_expert leaves them grouped" in as_json.stderr
+    assert as_json.stdout.count("\n") == 1
 
 
 @pytest.mark.parametrize("layout", [None, "per_expert"])

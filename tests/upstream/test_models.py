@@ -10,7 +10,6 @@ from automodel_conv.errors import UnsupportedError
 from automodel_conv.planning.layouts import ExpertLayout
 from automodel_conv.planning.wanted import TargetSpec
 from automodel_conv.upstream.models import (
-    checked_dtype,
     expert_layouts,
     matching,
     model_targets,
@@ -53,27 +52,6 @@ def test_dtype_applies_to_floats_only():
     targets = model_targets(nn.BatchNorm1d(2), torch.float16)
     assert targets["weight"] == TargetSpec("F16", (2,), True)
     assert targets["num_batches_tracked"] == TargetSpec("I64", (), True)
-
-
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, "bfloat16", 16])
-def test_only_floating_dtypes_are_accepted(dtype):
-    with pytest.raises(UnsupportedError, match="not a floating torch dtype"):
-        checked_dtype(dtype)
-    checked_dtype(torch.float64)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "advice"), [("bfloat16", "pass torch.bfloat16"), ("torch.float32", "pass torch.float32"), ("int8", None)]
-)
-def test_name_of_a_dtype_is_advised_as_a_dtype(dtype, advice):
-    with pytest.raises(UnsupportedError) as caught:
-        checked_dtype(dtype)
-    assert ("do:" in str(caught.value)) == (advice is not None)
-    assert f"do:       {advice}\n" in str(caught.value) or advice is None
-
-
-def test_no_dtype_is_accepted():
-    checked_dtype(None)
 
 
 def test_names_of_one_parameter_are_a_group():

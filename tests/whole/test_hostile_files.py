@@ -114,7 +114,10 @@ HOSTILE = {
         [SHARD],
     ),
     "a name of 2,000 characters": (headed({"a" * 2000: entry([1], 0, 4)}, bytes(4)), [SHARD, "2000 characters"]),
-    "a name of two lines": (headed({"a\n  found:    b": entry([1], 0, 4)}, bytes(4)), [SHARD, "invalid tensor name"]),
+    "a name of two lines": (
+        headed({"a\n  found:    b": entry([1], 0, 4)}, bytes(4)),
+        [SHARD, "invalid tensor name", "U+000A at position 1"],
+    ),
     "a key twice": (
         with_header(b'{"a": {"dtype": "U8", "dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}', b"1"),
         [SHARD, "dtype"],

@@ -19,6 +19,8 @@ from typing import NamedTuple
 from urllib.parse import SplitResult, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from automodel_conv.errors import size_text
+
 CONNECT_SECONDS = 15.0
 """Longest wait for a connection."""
 SILENT_SECONDS = 20.0
@@ -41,10 +43,13 @@ class Traffic:
             self.connections += connections
             self.most_connections = max(self.most_connections, self.connections)
 
+    def __repr__(self) -> str:
+        return f"<Traffic: {self.requests} requests, {self.text()}>"
+
     def text(self) -> str:
         """Return the counts in a few words, for the end of a progress bar."""
         counts = f"{self.connections} connections, {self.retries} retries"
-        return f"{self.bytes_received / 1e9:.2f} GB received, {counts}"
+        return f"{size_text(self.bytes_received)} received, {counts}"
 
 
 class WebError(OSError):

@@ -267,7 +267,8 @@ def find_folder(
         raise
     except Exception as error:  # each library has errors of its own
         where = f"{scheme}://..." if is_web and "@" in url else shown  # where a password ends is unknown
-        raise checkpoint_error("this URL cannot be read", where=where, found=text_of(error)) from None
+        do = "check the URL and the network"
+        raise checkpoint_error("this URL cannot be read", where=where, found=text_of(error), do=do) from None
 
 
 def _store_folder(scheme: str, location: str, shown: str, name: str, options: Mapping[str, Any] | None) -> StoreFolder:

@@ -19,6 +19,7 @@ from automodel_conv.errors import ReadError, UnsupportedError, WriteError, messa
 from automodel_conv.files.remote.cache_blocks import BLOCK_BYTES, CacheBlocks, Claims
 from automodel_conv.files.remote.urls import refuse_url
 from automodel_conv.files.source import ByteSource, Identity, OpenSource
+from automodel_conv.files.waits import waiting
 
 PATIENCE_SECONDS = 60.0
 """How long a thread waits for a block that somebody else fetches, before it fetches the block too.
@@ -176,7 +177,8 @@ class _OpenCachedFile:
             self._go_on()
             if time.monotonic() > until:
                 return self._fetch(Claims(self._blocks, None, todo))
-            self._stopped.wait(wait)
+            with waiting():
+                self._stopped.wait(wait)
             wait = min(2 * wait, _MOST_WAIT_SECONDS)
 
     def _missing(self, blocks: Iterable[int]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import re
 import ssl
@@ -13,6 +14,9 @@ from typing import NamedTuple
 
 from automodel_conv.files.remote.connections import Answer, Connections, WebError, basic
 from automodel_conv.files.remote.urls import joined, split_web_url, text_of, without_secrets
+from automodel_conv.files.waits import waiting
+
+_LOG = logging.getLogger(__name__)
 
 ATTEMPTS = 8
 """Requests in a row that may fail before a read is given up."""
@@ -261,7 +265,11 @@ class Retries:
         if self._failures >= most:
             raise WebError(f"{self._failures} requests in a row failed; the last one: {text_of(error)}") from None
         self._connections.traffic.add(retries=1)
-        if self._stopped.wait(wait_seconds(self._failures, error)):
+        seconds = wait_seconds(self._failures, error)
+        _LOG.info("a request failed and is repeated in %.1f s: %s", seconds, text_of(error))
+        with waiting():
+            is_stopped = self._stopped.wait(seconds)
+        if is_stopped:
             raise WebError(f"the read was stopped after: {text_of(error)}") from None
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 from automodel_conv.errors import Advice, UnsupportedError, message
+from automodel_conv.files.paths import text_of_path
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _SECRETS = re.compile(r"(?<=://)[^\s/]*@|\?\S+")
@@ -31,7 +32,7 @@ def protocol_of(url: str) -> str:
 
 def refuse_url(path: str | os.PathLike[str], do: Sequence[Advice]) -> None:
     """Raise UnsupportedError, with advice, if a path is a URL."""
-    path = os.fsdecode(path)
+    path = text_of_path(path)
     if is_url(path):
         text = "a URL, where only a path on this machine is supported"
         raise UnsupportedError(message(text, where=without_secrets(path), do=do))
@@ -44,7 +45,7 @@ def local_path(path: str | os.PathLike[str]) -> str:
         UnsupportedError: the path is a URL.
     """
     refuse_url(path, ["write to a local directory, then upload it"])
-    return os.path.abspath(os.path.expanduser(os.fsdecode(path)))
+    return os.path.abspath(os.path.expanduser(text_of_path(path)))
 
 
 def without_secrets(text: str, secrets: Collection[str] = ()) -> str:

@@ -25,6 +25,7 @@ from automodel_conv.files.remote.requests import (
 )
 from automodel_conv.files.remote.urls import text_of
 from automodel_conv.files.source import SMALL_RANGE_BYTES, Identity
+from automodel_conv.files.waits import waiting
 
 # Bytes that are received at once. A connection that breaks loses at most these.
 _PIECE_BYTES = 1 << 20
@@ -195,7 +196,8 @@ class Stream:
         while self._body is None:
             self._raise_if_stopped()
             try:
-                self._body = self._file.request(self.position, self.stop, pinned=self._pinned)
+                with waiting():
+                    self._body = self._file.request(self.position, self.stop, pinned=self._pinned)
             except PASSING_ERRORS as error:
                 self._retries.wait(error)
         return self._body

@@ -8,6 +8,7 @@ from typing import Any
 
 from automodel_conv.errors import UnsupportedError, message
 from automodel_conv.files import system
+from automodel_conv.files.paths import text_of_path
 from automodel_conv.files.remote.folders import file_system_of
 from automodel_conv.files.remote.urls import is_url, secrets_of, without_secrets
 from automodel_conv.files.source_options import SourceSettings
@@ -30,7 +31,7 @@ def folder_of(path: str | os.PathLike[str], settings: SourceSettings | None = No
     Raises:
         UnsupportedError: files cannot be written to this URL, or the library for it is not installed.
     """
-    name = os.path.expanduser(os.fsdecode(path))
+    name = os.path.expanduser(text_of_path(path))
     settings = settings or SourceSettings()
     if not is_url(name):
         return LocalFolder(os.path.abspath(name))

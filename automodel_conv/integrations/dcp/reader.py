@@ -39,6 +39,8 @@ from automodel_conv.planning.plan import CopyPlan, plan_of_parts
 from automodel_conv.planning.problems import Problems
 from automodel_conv.planning.regions import Part, box
 from automodel_conv.planning.sharding import region_of
+from automodel_conv.types import LayoutInFiles, LayoutName
+from automodel_conv.upstream.given_rules import given_rules
 from automodel_conv.upstream.models import tied_names
 from automodel_conv.upstream.wrappers import plain_model
 
@@ -89,8 +91,8 @@ class HuggingFaceReader(StorageReader):
         model: nn.Module | None = None,
         *,
         rules: Iterable[Any] | None = None,
-        layout: str | None = None,
-        source_layout: str | None = None,
+        layout: LayoutName | None = None,
+        source_layout: LayoutInFiles | None = None,
         key_mapping: Mapping[str, str] | None = None,
         threads: int | None = None,
         scratch_bytes: int | None = None,
@@ -103,7 +105,7 @@ class HuggingFaceReader(StorageReader):
         self._path = path
         self._model = None if model is None else plain_model(model)
         self._aliases = {} if model is None or self._model is None else _wrapped_names(model, self._model)
-        rules = None if rules is None else list(rules)
+        rules = given_rules(rules)
         self._options = PlanSettings(rules, layout, source_layout, key_mapping)
         self._limits = Limits(threads, scratch_bytes, device_scratch_bytes)
         self._opened: _Opened | None = None

@@ -47,6 +47,8 @@ from automodel_conv.planning.sharding import region_of
 from automodel_conv.publishing.save_files import begin_save, finish_save
 from automodel_conv.publishing.saved import not_saved, places_in, refuse_unlike_stored, saved_tensors, shards_for
 from automodel_conv.saving import DEFAULT_SCRATCH_BYTES, SaveReport
+from automodel_conv.types import LayoutName
+from automodel_conv.upstream.given_rules import given_rules
 from automodel_conv.upstream.wrappers import plain_model
 
 
@@ -88,7 +90,7 @@ class HuggingFaceWriter(StorageWriter):
         model: nn.Module | None = None,
         *,
         rules: Iterable[Any] | None = None,
-        layout: str | None = None,
+        layout: LayoutName | None = None,
         reference: str | os.PathLike[str] | None = None,
         max_shard_size: int | str = "5GB",
         threads: int | None = None,
@@ -100,7 +102,7 @@ class HuggingFaceWriter(StorageWriter):
         self._given |= self._settings.source()
         self._directory = local_path(directory)
         self._model = None if model is None else plain_model(model)
-        self._rules = None if rules is None else list(rules)
+        self._rules = given_rules(rules)
         self._layout = layout
         self._reference = reference
         self._max_shard_size = max_shard_size

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from automodel_conv.files.source_options import SourceOptions
     from automodel_conv.integrations.vllm.weight_source import PublishedSource
+    from automodel_conv.types import LayoutName, Owners
 
 LOAD_FORMAT = "automodel_conv"
 """Name of the load format."""
@@ -53,10 +54,10 @@ def published_source(
     module: nn.Module,
     *,
     rules: Iterable[Any] | None = None,
-    layout: str | None = None,
+    layout: LayoutName | None = None,
     reference: str | os.PathLike[str] | None = None,
-    dtype: torch.dtype | None = None,
-    owners: str = "mesh",
+    dtype: torch.dtype | str | None = None,
+    owners: Owners = "mesh",
     **options: Unpack[SourceOptions],
 ) -> PublishedSource:
     """Return a ``WeightSource`` of vLLM that yields a model's tensors under their published names.
@@ -80,8 +81,8 @@ def published_source(
         layout: layout of the experts in the model. None: that of the model's own parameters.
         reference: the checkpoint that the engine has loaded, see ``open_checkpoint``, to restore exactly its names and
             shapes. None: those that transformers saves.
-        dtype: dtype of all floating-point tensors, except those that a transformers model keeps in float32: they are
-            cast before they are sent. None: the dtypes that they have.
+        dtype: dtype of all floating-point tensors, as in ``save_checkpoint``: they are cast before they are sent. None:
+            the dtypes that they have.
         owners: "mesh": each tensor belongs to all ranks of the mesh that its source is on, as NCCL broadcast, IPC and
             M2N ask. "holders": a tensor that some ranks hold whole, such as an expert, belongs to these ranks, so that
             it is not gathered; or it belongs to the ranks along fewer dimensions of the mesh that hold it together.

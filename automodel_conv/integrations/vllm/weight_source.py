@@ -25,6 +25,7 @@ from automodel_conv.execution.buffers import dtype_of
 from automodel_conv.files.source_options import SourceOptions
 from automodel_conv.planning.copies import Target
 from automodel_conv.publishing.named_tensors import Gather, named_tensors
+from automodel_conv.types import LayoutName, Owners
 
 OWNERS = ("mesh", "holders")
 
@@ -40,10 +41,10 @@ class PublishedSource(WeightSource):
         module: nn.Module,
         *,
         rules: Iterable[Any] | None = None,
-        layout: str | None = None,
+        layout: LayoutName | None = None,
         reference: str | os.PathLike[str] | None = None,
-        dtype: torch.dtype | None = None,
-        owners: str = "mesh",
+        dtype: torch.dtype | str | None = None,
+        owners: Owners = "mesh",
         **options: Unpack[SourceOptions],
     ):
         if owners not in OWNERS:

@@ -100,7 +100,7 @@ def test_conversion_onto_its_own_source_is_refused_under_any_path(complete, tmp_
     (tmp_path / "link").symlink_to(converted)
     before = contents(converted)
     for place in (converted, tmp_path / "link", f"{converted}/../{converted.name}/"):
-        with pytest.raises(DestinationError, match="holds a checkpoint already"):
+        with pytest.raises(DestinationError, match="the destination is the directory of the source"):
             again(converted, place)
     assert contents(converted) == before
 

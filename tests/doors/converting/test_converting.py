@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 import automodel_conv as amc
 from automodel_conv.errors import CheckpointError, ConversionError, NameProblems, UnsupportedError, WriteError
 from automodel_conv.files import system
+from automodel_conv.files.destination import Destination
 from automodel_conv.publishing import conversion_files
 from tests.comparing import assert_same, tensors_of
 from tests.doors.converting.support import plain
@@ -93,10 +95,59 @@ def test_bytes_are_the_same_if_the_kernel_cannot_copy(saved, tmp_path, monkeypat
     assert_same(tensors_of(tmp_path / "out"), plain())
 
 
+def last_lines(bars):
+    """Return the last line of each bar: its phase, its share, and its bytes."""
+    found = re.findall(r"(\w+): +(\d+%)\|[^|]*\| ([\w.]+/[\w.]+)", bars)
+    return {phase: (share, nbytes) for phase, share, nbytes in found}
+
+
 @pytest.mark.parametrize("verify", [True, False])
-def test_progress_counts_all_bytes(saved, tmp_path, capsys, verify):
-    amc.convert_checkpoint(saved, tmp_path / "out", rules=[], verify=verify, progress=True)
-    assert "converting: 100%" in capsys.readouterr().err
+@pytest.mark.parametrize("checksums", [True, False])
+def test_each_phase_has_a_bar_with_its_own_bytes(saved, tmp_path, capsys, verify, checksums):
+    report = amc.convert_checkpoint(
+        saved, tmp_path / "out", rules=[], verify=verify, checksums=checksums, progress=True, max_shard_size="2KB"
+    )
+    assert len(report.files) > 1
+    phases = ["writing", *(["verifying"] if verify else []), *(["checksums"] if checksums else [])]
+    bars = last_lines(capsys.readouterr().err)
+    assert list(bars) == phases
+    assert len({*bars.values()}) == 1
+    assert bars["writing"][0] == "100%"
+    assert list(report.phases) == ["plan", "write", "verify", "finish"]
+    assert sum(report.phases.values()) == pytest.approx(report.seconds)
+    assert (report.phases["verify"] > 0) == verify
+    assert report.gb_per_s == pytest.approx(report.bytes_written / 1e9 / report.phases["write"])
+
+
+def test_bars_count_only_what_an_interrupted_conversion_left(saved, tmp_path, capsys, monkeypatch):
+    finish, calls = Destination.finish, []
+
+    def interrupted(self, shard, **values):
+        finish(self, shard, **values)
+        calls.append(shard.name)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    options = {"rules": [], "max_shard_size": "2KB", "progress": True}
+    with monkeypatch.context() as patch:
+        patch.setattr(Destination, "finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            amc.convert_checkpoint(saved, tmp_path / "out", **options)
+    first = last_lines(capsys.readouterr().err)
+    report = amc.convert_checkpoint(saved, tmp_path / "out", **options)
+    second = last_lines(capsys.readouterr().err)
+    assert report.files_resumed == 1
+    assert first["writing"][0] != "100%"
+    assert {share for share, _ in second.values()} == {"100%"}
+    assert second["writing"] == second["verifying"] != first["writing"]
+
+
+def test_complete_conversion_is_compared_and_nothing_else(saved, tmp_path, capsys):
+    amc.convert_checkpoint(saved, tmp_path / "out", rules=[])
+    report = amc.convert_checkpoint(saved, tmp_path / "out", rules=[], progress=True)
+    assert list(last_lines(capsys.readouterr().err)) == ["verifying"]
+    assert report.phases["write"] == report.phases["finish"] == 0.0
+    assert sum(report.phases.values()) == pytest.approx(report.seconds)
 
 
 def refused(source, destination, error, text, **options):
@@ -133,20 +184,22 @@ def test_an_unknown_layout_is_refused(saved, tmp_path, options):
     refused(saved, tmp_path / "out", UnsupportedError, "unknown layout 'grouped'", rules=[], **options)
 
 
-@pytest.mark.parametrize("options", [{"threads": 0}, {"scratch_bytes": 1000}])
+@pytest.mark.parametrize(
+    "options", [{"threads": 0}, {"threads": "2"}, {"scratch_bytes": 1000}, {"scratch_bytes": "64MB"}]
+)
 def test_impossible_options_are_refused(saved, tmp_path, options):
     refused(saved, tmp_path / "out", ConversionError, "scratch_bytes >=", rules=[], **options)
 
 
 def test_other_wrong_arguments_are_refused(saved, tmp_path):
     refused(saved, tmp_path / "out", UnsupportedError, "not a size", rules=[], max_shard_size="5 apples")
-    refused(saved, tmp_path / "out", UnsupportedError, "floating torch dtype", rules=[], dtype=torch.int8)
+    refused(saved, tmp_path / "out", UnsupportedError, "not a floating dtype", rules=[], dtype=torch.int8)
     refused(tmp_path / "nowhere", tmp_path / "out", CheckpointError, "nowhere", rules=[])
 
 
 def test_disk_with_too_little_space_is_refused(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(system, "free_bytes", lambda directory: 100)
-    with pytest.raises(WriteError, match=r"too little room(.|\n)*bytes for 1 files(.|\n)*100 bytes\n  do: "):
+    with pytest.raises(WriteError, match=r"too little room(.|\n)*for 1 file(.|\n)*100 bytes free, .* too few\n  do: "):
         amc.convert_checkpoint(saved, tmp_path / "out", rules=[])
     assert not list((tmp_path / "out").glob("*.safetensors"))
 

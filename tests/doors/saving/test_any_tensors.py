@@ -85,7 +85,7 @@ def test_sharded_files_have_an_index_that_names_each_tensor_once(tmp_path):
 
 def test_progress_counts_all_bytes(tmp_path, capsys):
     amc.save_checkpoint(plain(), tmp_path, rules=[], progress=True)
-    assert "saving: 100%" in capsys.readouterr().err
+    assert "writing: 100%" in capsys.readouterr().err
 
 
 MEASURE = """
@@ -129,6 +129,9 @@ def test_printed_report_has_files_bytes_and_names(tmp_path):
     report = amc.save_checkpoint({"a": torch.ones(2, 3)}, tmp_path, rules=[])
     lines = [line.split("  ")[0] for line in str(report).splitlines()]
     assert lines == [
-        *("files", "written", "speed", "seconds", "peak extra memory, at most", "carried as they are", "left out"),
+        *("files", "written", "speed", "seconds", "seconds: plan, with imports", "seconds: write", "seconds: finish"),
+        *("peak extra memory, at most", "carried as they are", "left out"),
     ]
-    assert repr(report).startswith("SaveReport(files=('model.safetensors',), ")
+    assert sum(report.phases.values()) == pytest.approx(report.seconds)
+    assert report.gb_per_s == pytest.approx(report.bytes_written / 1e9 / report.phases["write"])
+    assert repr(report).startswith("<SaveReport: files: 1, written: 4.1 kB, ")

@@ -44,14 +44,16 @@ def test_a_wrong_size_is_refused(tmp_path, size):
     refused(plain(), tmp_path / "out", UnsupportedError, "not a size", rules=[], max_shard_size=size)
 
 
-@pytest.mark.parametrize("options", [{"threads": 0}, {"scratch_bytes": 1000}])
+@pytest.mark.parametrize(
+    "options", [{"threads": 0}, {"threads": "2"}, {"scratch_bytes": 1000}, {"scratch_bytes": "64MB"}]
+)
 def test_impossible_options_are_refused(tmp_path, options):
     refused(plain(), tmp_path / "out", ConversionError, "scratch_bytes >=", rules=[], **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, "bfloat16"], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, "bf16"], ids=str)
 def test_dtype_that_is_not_floating_is_refused(tmp_path, dtype):
-    refused(plain(), tmp_path / "out", UnsupportedError, "floating torch dtype", rules=[], dtype=dtype)
+    refused(plain(), tmp_path / "out", UnsupportedError, "not a floating dtype", rules=[], dtype=dtype)
 
 
 def test_value_that_is_not_a_tensor_is_refused(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 from itertools import pairwise
 
@@ -14,7 +15,7 @@ import torch
 pytest.importorskip("transformers", reason="builds a transformers model")
 
 import automodel_conv as amc
-from automodel_conv.errors import DestinationError, VerificationError, WriteError
+from automodel_conv.errors import DestinationError, VerificationError, WriteError, size_text
 from automodel_conv.execution import comparing
 from automodel_conv.files import system
 from automodel_conv.files.uploads import s3_store
@@ -104,12 +105,21 @@ def test_destination_with_weights_is_refused(server, base, name, url, call):
     assert server.files(name) == {"model.safetensors": b"data"}
 
 
+def test_uploads_have_a_bar_with_their_bytes(server, base, url, capsys):
+    report = amc.convert_checkpoint(base, url, rules=[], progress=True, storage_options=server.options)
+    bars = dict(re.findall(r"(\w+): +100%\|[^|]*\| [\w.]+/([\w.]+)", capsys.readouterr().err))
+    assert list(bars) == ["writing", "verifying", "uploading"]
+    assert bars["writing"] == bars["verifying"]
+    assert float(bars["uploading"].rstrip("kM")) > 0
+    assert sum(report.phases.values()) == pytest.approx(report.seconds)
+
+
 def test_disk_needs_room_for_two_files_only(server, base, url, monkeypatch, tmp_path):
     report = CALLS["convert"](base, tmp_path / "out")
     sizes = [(tmp_path / "out" / file).stat().st_size for file in report.files]
     largest = max(map(sum, pairwise(sizes)))
     monkeypatch.setattr(system, "free_bytes", lambda directory: largest - 1)
-    with pytest.raises(WriteError, match=rf"(?s)too little room.*{largest} bytes for 2 files"):
+    with pytest.raises(WriteError, match=rf"(?s)too little room.*{size_text(largest)} for 2 files"):
         CALLS["convert"](base, url, storage_options=server.options)
     monkeypatch.setattr(system, "free_bytes", lambda directory: largest)
     assert CALLS["convert"](base, url, storage_options=server.options).files == report.files

@@ -252,7 +252,7 @@ def test_bar_of_a_load_shows_what_is_received(web, capsys):
     pytest.importorskip("tqdm")
     amc.load_state_dict(web.url, rules=[], progress=True)
     shown = capsys.readouterr().err
-    assert "GB received" in shown
+    assert "B received" in shown
     assert "connections, 0 retries" in shown
 
 

@@ -26,6 +26,7 @@ from automodel_conv.files.remote.cache_blocks import BLOCK_BYTES, CacheBlocks
 from automodel_conv.files.remote.folders import find_folder
 from automodel_conv.files.remote.node_cache import CachedFile, cache_directory
 from automodel_conv.files.source import LocalFile, opened
+from automodel_conv.files.waits import seconds_waited
 from tests import loopback_hub
 from tests.comparing import assert_same
 from tests.crash_safety.disk import stop
@@ -160,6 +161,15 @@ def test_block_that_its_holder_never_completes_is_fetched_in_the_end(server, dat
     with opened(source):
         with CacheBlocks(source._path, len(data)).claimed([0, 3]):
             assert read_all(source) == data
+
+
+def test_wait_for_the_holder_of_a_block_counts_as_a_wait_for_an_answer(server, data, kept, monkeypatch):
+    monkeypatch.setattr(node_cache, "PATIENCE_SECONDS", 0.2)
+    source = open_through(server.url, kept)
+    with opened(source) as file, CacheBlocks(source._path, len(data)).claimed([2]):
+        before = seconds_waited()
+        read_group(file, memoryview(bytearray(len(data))), 2 * BLOCK_BYTES, 3 * BLOCK_BYTES)
+        assert seconds_waited() - before >= 0.1
 
 
 def test_thread_that_waits_for_others_ends_when_reading_is_stopped(server, data, kept):

@@ -1,0 +1,1 @@
+"""The results of commands as ``--json`` prints them; see ``docs/cli-json.md``."""
