@@ -16,6 +16,8 @@ README_WORDS = 900
 TYPES = {
     "automodel_conv.execution.page_policy.PageUse",
     "automodel_conv.execution.report.LoadedStateDict",
+    "automodel_conv.execution.timeline.Span",
+    "automodel_conv.execution.timeline.Timeline",
     "automodel_conv.files.remote.connections.Traffic",
     "automodel_conv.in_memory.ConvertedStateDict",
     "automodel_conv.in_memory.StateDictReport",

@@ -44,6 +44,10 @@ def load_and_lay_out(directory: str) -> None:
     if plan.bytes_written != experts.nbytes + 5 * 4:
         raise SystemExit(f"the plan writes {plan.bytes_written} bytes")
     loaded = amc.load_state_dict(directory, rules=[], layout="nemo")
+    for shown, page in ((plan, Path(directory, "plan.html")), (loaded.report, Path(directory, "load.html"))):
+        shown.to_html(page)
+        if "</html>" not in page.read_text(encoding="utf-8"):
+            raise SystemExit(f"{page.name} is not a whole page")
     assert_bytes_equal(loaded["layers.0.experts.gate_and_up_projs"], experts.transpose(1, 2).contiguous())
     back = amc.convert_state_dict(loaded, source_layout="nemo", layout="transformers")
     assert_bytes_equal(back[name], experts)

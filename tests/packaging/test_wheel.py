@@ -20,6 +20,7 @@ def files_of_the_package(sources: Path) -> set[str]:
     folders = (sources / "automodel_conv", sources / "automodel_conv" / "kernels")
     paths = {path for folder in folders for path in folder.rglob("*.py")}
     paths.add(sources / "automodel_conv" / "py.typed")
+    paths |= {*(sources / "automodel_conv" / "pictures" / "assets").iterdir()}
     return {path.relative_to(sources).as_posix() for path in paths}
 
 
@@ -45,6 +46,7 @@ def installed(environment, wheel, installed_packages):
 def test_wheel_holds_every_file_and_no_top_level_kernels(sources, wheel):
     files = files_of_the_wheel(wheel)
     assert kernel_modules(sources) != []
+    assert "automodel_conv/pictures/assets/plan.html" in files
     assert files == files_of_the_package(sources)
     assert {name.partition("/")[0] for name in files} == {"automodel_conv"}
 
