@@ -29,11 +29,11 @@ from rich.table import Table
 from torch import Tensor
 
 import automodel_conv as amc
-from automodel_conv.loading_code.calling import Calls
 from automodel_conv.loading_code.dry_run import traced
 from automodel_conv.loading_code.kept_traces import digest_of, keep_trace, kept_trace
 from automodel_conv.planning.copies import SourceTable
 from automodel_conv.tracing import trace_loader
+from automodel_conv.types import LoaderCalls
 from benchmarks import measure, options
 from benchmarks.shapes import (
     DEEPSEEK_V3,
@@ -56,7 +56,7 @@ class Loader(NamedTuple):
 
     load: Callable[[Any], Any]
     targets: Mapping[str, Tensor] | None
-    calls: Calls
+    calls: LoaderCalls
 
 
 def engine(shapes: Mapping[str, torch.Size]) -> Loader:
